@@ -1,0 +1,114 @@
+# Every target works on a machine that has Python >= 3.10, make and a C++17 compiler; the rest is
+# installed into $(VENV). A second call of a target does only what changed.
+#
+#   make demo        build, then prune, convert and measure a real model   (DEMO_ARGS=--quick: short form)
+#   make test        all tests: pytest (TEST_ARGS=...) and the C++ programs
+#   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
+#   make goals       the speed goals, each against the fastest dense path
+#   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
+#   make sanitize    C++ tests under ASan+UBSan and under TSan
+#   make docs        HTML documentation in docs/_build/html, warnings as errors
+#   make dev         editable build with every extra
+#   make wheel       wheel in dist/
+#   make clean       removes build outputs, keeps $(VENV)
+
+SHELL  := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test test-python test-cpp bench goals lint format sanitize docs dev wheel clean
+
+PYTHON    ?= python3
+VENV      ?= .venv
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# CMake and Ninja of the environment come first where they had to be installed.
+export PATH := $(abspath $(BIN)):$(PATH)
+# Every pip call, isolated builds included.
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+
+NATIVE := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f)
+
+# ---- environment ----------------------------------------------------------------------------------
+
+$(VENV)/.tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sparsekit needs Python >= 3.10; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13'
+	@version=$$(cmake --version 2>/dev/null | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p'); \
+	printf '%s\n' 3.25 "$${version:-0}" | sort -VC || $(PIP) install --quiet cmake
+	@command -v ninja >/dev/null || $(PIP) install --quiet ninja
+	touch $@
+
+# $(VENV)/.extra-<name>: the package, editable, with one of its extras. Rebuilds what changed.
+$(VENV)/.extra-%: $(VENV)/.tools pyproject.toml $(NATIVE)
+	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	touch $@
+
+dev: $(VENV)/.extra-dev
+
+# ---- running it -----------------------------------------------------------------------------------
+
+demo: $(VENV)/.extra-demo
+	$(BIN)/sparsekit demo $(DEMO_ARGS)
+
+bench: $(VENV)/.extra-bench
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.report build/bench.json --out bench/results
+
+goals: $(VENV)/.extra-bench
+	$(BIN)/python -m bench.goals
+
+# ---- checking it ----------------------------------------------------------------------------------
+
+test: test-cpp test-python
+
+test-python: $(VENV)/.extra-test
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+CTEST = cmake --build build/$(1) --parallel && ctest --test-dir build/$(1) --output-on-failure
+CONFIGURE = cmake -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON
+
+test-cpp: $(VENV)/.tools
+	$(call CONFIGURE,cpp)
+	$(call CTEST,cpp)
+
+sanitize: $(VENV)/.tools
+	$(call CONFIGURE,asan) -DCMAKE_BUILD_TYPE=RelWithDebInfo '-DSPARSEKIT_SANITIZE=address;undefined'
+	$(call CTEST,asan)
+	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
+	$(call CTEST,tsan)
+
+CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h')
+
+lint: $(VENV)/.extra-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@! grep -rnE '#include *[<"](torch|ATen|c10)/' csrc || { echo 'csrc/ must not include torch headers'; exit 1; }
+	@! grep -rnE '(import|from) .*\b_C\b' python --include='*.py' --exclude=_native.py || { echo 'only _native.py may import _C'; exit 1; }
+	@! grep -rnE 'torch\.library\.|from torch\.library' python --include='*.py' --exclude=_ops.py || { echo 'only _ops.py may use torch.library'; exit 1; }
+
+format: $(VENV)/.extra-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: $(VENV)/.extra-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# ---- shipping it ----------------------------------------------------------------------------------
+
+wheel: $(VENV)/.tools
+	rm -rf dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist docs/_build
+	rm -f $(VENV)/.extra-*

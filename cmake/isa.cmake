@@ -1,0 +1,42 @@
+# Instruction sets are a property of a file, given by its name: `*_avx2.cc` is compiled with AVX2, and
+# so on; every other file is compiled for the baseline, so that the library starts on any machine and
+# chooses at run time. For each set that is built, SK_HAVE_<SET> guards the lines of kernels.inc.
+
+include(CheckCXXCompilerFlag)
+
+set(SPARSEKIT_FLAGS_AVX2 -mavx2 -mfma -mf16c -mbmi2)
+set(SPARSEKIT_FLAGS_AVX512 ${SPARSEKIT_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+    -mprefer-vector-width=512)
+set(SPARSEKIT_FLAGS_AVX512BF16 ${SPARSEKIT_FLAGS_AVX512} -mavx512bf16)
+
+set(SPARSEKIT_ISA_DEFINITIONS "")
+set(SPARSEKIT_ISA_BUILT "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
+  foreach(isa AVX2 AVX512 AVX512BF16)
+    list(JOIN SPARSEKIT_FLAGS_${isa} " " flags)
+    set(CMAKE_REQUIRED_FLAGS "${flags}")
+    check_cxx_compiler_flag("-O2" SPARSEKIT_COMPILER_HAS_${isa})
+    unset(CMAKE_REQUIRED_FLAGS)
+    if(SPARSEKIT_COMPILER_HAS_${isa})
+      list(APPEND SPARSEKIT_ISA_DEFINITIONS SK_HAVE_${isa}=1)
+      list(APPEND SPARSEKIT_ISA_BUILT ${isa})
+    endif()
+  endforeach()
+endif()
+message(STATUS "sparsekit: instruction sets besides the baseline: ${SPARSEKIT_ISA_BUILT}")
+
+# Gives each *_<isa>.cc of the list its flags, and drops the files whose set is not built.
+function(sparsekit_select_isa_sources list_name)
+  set(kept "")
+  foreach(source IN LISTS ${list_name})
+    if(source MATCHES "_(avx2|avx512|avx512bf16)\\.cc$")
+      string(TOUPPER ${CMAKE_MATCH_1} isa)
+      if(NOT isa IN_LIST SPARSEKIT_ISA_BUILT)
+        continue()
+      endif()
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${SPARSEKIT_FLAGS_${isa}}")
+    endif()
+    list(APPEND kept ${source})
+  endforeach()
+  set(${list_name} "${kept}" PARENT_SCOPE)
+endfunction()
