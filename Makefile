@@ -70,8 +70,8 @@ test: test-cpp test-python
 test-python: $(VENV)/.extra-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-CTEST = cmake --build build/$(1) --parallel && ctest --test-dir build/$(1) --output-on-failure
-CONFIGURE = cmake -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON
+CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
+CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON
 
 test-cpp: $(VENV)/.tools
 	$(call CONFIGURE,cpp)

@@ -1,6 +1,10 @@
 # Options, compiler defaults, and the facts `sparsekit doctor` reports about the build.
 
-option(SPARSEKIT_BUILD_PYTHON "Build the Python module _C" ${SKBUILD})
+set(built_by_pip OFF)
+if(SKBUILD)
+  set(built_by_pip ON)
+endif()
+option(SPARSEKIT_BUILD_PYTHON "Build the Python module _C" ${built_by_pip})
 option(SPARSEKIT_BUILD_TESTS "Build the C++ tests" OFF)
 option(SPARSEKIT_WERROR "Treat warnings as errors" OFF)
 set(SPARSEKIT_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
