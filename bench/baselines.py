@@ -1,0 +1,112 @@
+"""What a user could run instead of sparsekit, prepared as well as that path allows.
+
+Each builder takes `weight [n, k]`, `bias [n]` and the input `x [m, k]` and returns a call without
+arguments that gives `y [m, n]`, or raises `Unavailable` with the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Call = Callable[[], Tensor]
+
+
+class Unavailable(RuntimeError):
+    """This path cannot run this problem; the message says why."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One path: its name, whether it multiplies with the dense matrix, and its builder."""
+
+    name: str
+    dense: bool
+    build: Callable[[Tensor, Tensor, Tensor], Call]
+
+
+def _torch_dense(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+    return lambda: functional.linear(x, weight, bias)
+
+
+def _onednn(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+    """oneDNN with its own weight layout: what a frozen, compiled torch graph calls."""
+    if not torch.backends.mkldnn.is_available():
+        raise Unavailable("this torch was built without oneDNN")
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+    """A graph of one Gemm, with input and output bound once so that nothing is copied."""
+    if weight.dtype != torch.float32:
+        raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 Gemm")
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    (m, k), n = x.shape, weight.shape[0]
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
+        [
+            numpy_helper.from_array(weight.t().contiguous().numpy(), "weight"),
+            numpy_helper.from_array(bias.numpy(), "bias"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    y = torch.empty(m, n)
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", x.contiguous().numpy())
+    binding.bind_output("y", "cpu", 0, np.float32, [m, n], y.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
+def _torch_sparse(
+    compress: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor, x: Tensor
+) -> Call:
+    if weight.dtype != torch.float32:
+        raise Unavailable("torch's sparse CPU matmul (MKL) has no bfloat16")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta state")
+            sparse = compress(weight)
+        columns = bias.unsqueeze(1).expand(-1, x.shape[0]).contiguous()
+        call: Call = lambda: torch.addmm(columns, sparse, x.t()).t()  # noqa: E731
+        call()
+    except (NotImplementedError, RuntimeError) as error:
+        raise Unavailable(str(error).splitlines()[0]) from error
+    return call
+
+
+BASELINES = (
+    Baseline("torch", True, _torch_dense),
+    Baseline("onednn", True, _onednn),
+    Baseline("onnxruntime", True, _onnxruntime),
+    Baseline("torch-csr", False, partial(_torch_sparse, Tensor.to_sparse_csr)),
+    Baseline(
+        "torch-bsr16x16",
+        False,
+        partial(_torch_sparse, partial(Tensor.to_sparse_bsr, blocksize=(16, 16))),
+    ),
+)

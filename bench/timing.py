@@ -1,0 +1,57 @@
+"""Interleaved timing, so that a change of clock or a busy neighbour hits every rival alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+# Thread pools (OpenMP, ONNX Runtime) spin for a while after a call and would take cores away from
+# the next rival; after this pause they sleep.
+_SETTLE_S = 0.003
+
+
+def timed_call(call: Callable[[], object]) -> float:
+    """Seconds of one call that follows a pause and one call to wake threads and warm caches."""
+    time.sleep(_SETTLE_S)
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Rivals:
+    """Calls that are measured in turns.
+
+    Args:
+        calls: Name to a call without arguments.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[[], object]]) -> None:
+        self._calls = dict(calls)
+        self.seconds: dict[str, list[float]] = {name: [] for name in self._calls}
+
+    def run_round(self) -> None:
+        """Times every call once."""
+        for name, call in self._calls.items():
+            self.seconds[name].append(timed_call(call))
+
+    def run(self, rounds: int) -> Rivals:
+        """Times every call `rounds` times, in turns."""
+        for _ in range(rounds):
+            self.run_round()
+        return self
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each call that was timed."""
+        return {name: median(times) for name, times in self.seconds.items() if times}
+
+    def speedup(self, name: str, baseline: str) -> float:
+        """Median over the rounds of baseline's time divided by `name`'s in the same round."""
+        pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
+        return median(theirs / ours for theirs, ours in pairs)
+
+
+def rounds_within(budget_s: float, round_s: float, at_least: int = 5, at_most: int = 31) -> int:
+    """Rounds that fit into a time budget, an odd number so that the median is one of them."""
+    return min(max(int(budget_s / max(round_s, 1e-9)), at_least), at_most) | 1
