@@ -1,6 +1,6 @@
 """Renders the JSON of a benchmark run as a markdown table and a plot: wins and losses alike.
 
-    python -m bench.report build/bench.json --out bench/results
+python -m bench.report build/bench.json --out bench/results
 """
 
 from __future__ import annotations
@@ -92,7 +92,19 @@ def read(path: Path) -> Run:
 
 
 def _table(rows: Iterable[Row], rivals: Sequence[str]) -> list[str]:
-    head = ["layer", "m", "n", "k", "pattern", "dtype", "kernel", "ms", "GFLOP/s", *rivals, "speedup"]
+    head = [
+        "layer",
+        "m",
+        "n",
+        "k",
+        "pattern",
+        "dtype",
+        "kernel",
+        "ms",
+        "GFLOP/s",
+        *rivals,
+        "speedup",
+    ]
     lines = [
         "| " + " | ".join(head) + " |",
         "|" + "|".join(["---"] + ["---:"] * 3 + ["---"] * 3 + ["---:"] * (len(head) - 7)) + "|",
@@ -115,11 +127,13 @@ def markdown(run: Run, plot: str | None = None) -> str:
     lines = [
         f"# {run.cpu}, {run.isa}, {run.threads} threads, {run.date}",
         "",
-        f"torch {run.torch}. Milliseconds are medians of interleaved rounds; GFLOP/s count the dense "
-        "operations. `speedup` is the fastest dense path's time over ours in the same round, median "
-        "of the rounds. Every result was checked against float64 before it was timed.",
+        f"torch {run.torch}. Milliseconds are medians of interleaved rounds; GFLOP/s count the "
+        "dense operations. `speedup` is the fastest dense path's time over ours in the same "
+        "round, median of the rounds. Every result was checked against float64 before it was "
+        "timed.",
         "",
-        f"{len(chosen)} cases: {len(chosen) - lost} faster than the fastest dense path, {lost} slower.",
+        f"{len(chosen)} cases: {len(chosen) - lost} faster than the fastest dense path, "
+        f"{lost} slower.",
         "",
     ]
     if plot:

@@ -1,0 +1,49 @@
+import time
+
+import pytest
+
+from bench.timing import Rivals, rounds_within
+
+
+def test_rivals_take_turns() -> None:
+    order: list[str] = []
+    rivals = Rivals({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    rivals.run(rounds=3)
+    # Each turn is one call to warm up and one that is timed.
+    assert order == ["a", "a", "b", "b"] * 3
+    assert {name: len(times) for name, times in rivals.seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_only_the_second_call_of_a_turn_is_timed() -> None:
+    calls = 0
+
+    def slow_when_cold() -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            time.sleep(0.05)
+
+    assert Rivals({"cold": slow_when_cold}).run(rounds=3).medians()["cold"] < 0.025
+
+
+def test_speedup_pairs_times_of_the_same_round() -> None:
+    rivals = Rivals({"ours": lambda: None, "theirs": lambda: None})
+    # A machine that slows down tenfold half way: each pair still says 2.
+    rivals.seconds = {"ours": [1.0, 1.0, 10.0], "theirs": [2.0, 2.0, 20.0]}
+    assert rivals.speedup("ours", "theirs") == 2.0
+    assert rivals.medians() == {"ours": 1.0, "theirs": 2.0}
+
+
+def test_speedup_refuses_unequal_rounds() -> None:
+    rivals = Rivals({"ours": lambda: None, "theirs": lambda: None})
+    rivals.seconds = {"ours": [1.0], "theirs": [2.0, 2.0]}
+    with pytest.raises(ValueError, match="zip"):
+        rivals.speedup("ours", "theirs")
+
+
+@pytest.mark.parametrize(
+    ("budget", "one_round", "expected"),
+    [(1.0, 0.1, 11), (1.0, 10.0, 5), (1.0, 0.0, 31), (1.0, 0.14, 7)],
+)
+def test_rounds_fit_the_budget_and_are_odd(budget: float, one_round: float, expected: int) -> None:
+    assert rounds_within(budget, one_round) == expected
