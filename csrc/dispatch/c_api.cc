@@ -1,0 +1,172 @@
+// The C interface: every function catches what the library throws and keeps its message.
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "core/cpu_info.h"
+#include "core/error.h"
+#include "dispatch/registry.h"
+#include "layout/format.h"
+#include "sparsekit/sparsekit.h"
+
+namespace {
+
+std::string& last_error() {
+  thread_local std::string message;
+  return message;
+}
+
+template <class F>
+sk_status guard(F f) noexcept {
+  try {
+    f();
+    return SK_OK;
+  } catch (const sk::Error& e) {
+    last_error() = e.what();
+    return e.status();
+  } catch (const std::bad_alloc&) {
+    last_error() = "out of memory";
+  } catch (const std::exception& e) {
+    last_error() = e.what();
+  } catch (...) {
+    last_error() = "unknown failure";
+  }
+  return SK_RUNTIME_ERROR;
+}
+
+void copy_text(char* to, size_t size, const std::string& from) {
+  std::strncpy(to, from.c_str(), size - 1);
+  to[size - 1] = '\0';
+}
+
+template <class T>
+T& deref(T* pointer, const char* name) {
+  SK_REQUIRE(pointer, name, " is NULL");
+  return *pointer;
+}
+
+}  // namespace
+
+const char* sk_last_error(void) { return last_error().c_str(); }
+const char* sk_version(void) { return SPARSEKIT_VERSION; }
+
+sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k, int64_t nnzb,
+                          int64_t* values_bytes, int64_t* indices_bytes, int64_t* crow_indices_bytes) {
+  return guard([&] {
+    const sk::WeightSizes s = sk::weight_sizes(deref(pattern, "pattern"), dtype, n, k, nnzb);
+    deref(values_bytes, "values_bytes") = s.values;
+    deref(indices_bytes, "indices_bytes") = s.indices;
+    deref(crow_indices_bytes, "crow_indices_bytes") = s.crow_indices;
+  });
+}
+
+sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n, int64_t k, int64_t* nnzb) {
+  return guard([&] {
+    deref(nnzb, "nnzb") = sk::count_blocks(deref(pattern, "pattern"), &deref(mask, "mask"), n, k);
+  });
+}
+
+sk_status sk_compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_weight* out) {
+  return guard([&] { sk::compress(dense, row_stride, mask, deref(out, "out")); });
+}
+
+sk_status sk_decompress(const sk_weight* weight, void* dense, int64_t row_stride) {
+  return guard([&] { sk::decompress(deref(weight, "weight"), dense, row_stride); });
+}
+
+sk_status sk_validate(const sk_weight* weight) {
+  return guard([&] { sk::validate(deref(weight, "weight")); });
+}
+
+sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target, char format[32]) {
+  return guard([&] {
+    const sk_pattern& p = deref(pattern, "pattern");
+    sk::geometry(p, dtype, 1, 1);
+    const int id = sk::default_format(p, dtype, &deref(target, "target"));
+    copy_text(&deref(format, "format"), 32, sk::format(id).name);
+  });
+}
+
+sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* bytes) {
+  return guard([&] {
+    deref(bytes, "bytes") = sk::make_header(deref(weight, "weight"), sk::find_format(format)).bytes;
+  });
+}
+
+sk_status sk_pack(const sk_weight* weight, const char* format, void* packed, int64_t bytes) {
+  return guard([&] { sk::pack(deref(weight, "weight"), sk::find_format(format), packed, bytes); });
+}
+
+sk_status sk_read_packed_info(const void* packed, int64_t bytes, sk_packed_info* info) {
+  return guard([&] {
+    const sk::PackedHeader& h = *sk::open_packed(packed, bytes).header;
+    sk_packed_info& out = deref(info, "info");
+    out = {};
+    copy_text(out.format, sizeof out.format, sk::format(h.format).name);
+    out.pattern = h.pattern;
+    out.dtype = h.dtype;
+    out.n = h.n;
+    out.k = h.k;
+    out.nnzb = h.nnzb;
+    out.bytes = h.bytes;
+  });
+}
+
+sk_status sk_unpack(const void* packed, int64_t bytes, sk_weight* out) {
+  return guard([&] { sk::unpack(sk::open_packed(packed, bytes), deref(out, "out")); });
+}
+
+sk_status sk_matmul(const sk_matmul_args* args, const char* kernel) {
+  return guard([&] { sk::matmul(deref(args, "args"), kernel); });
+}
+
+int32_t sk_kernel_count(void) { return int32_t(sk::kernels().size()); }
+
+sk_status sk_get_kernel(int32_t index, sk_kernel_info* info) {
+  return guard([&] {
+    SK_REQUIRE(index >= 0 && index < sk_kernel_count(), "kernel: expected an index from 0 to ",
+               sk_kernel_count() - 1, ", got ", index);
+    const sk::Kernel& k = sk::kernels()[size_t(index)];
+    thread_local std::string reason;  // valid until the thread's next call
+    reason = k.available() ? k.functions->about : k.unavailable_reason();
+    deref(info, "info") = {k.name,    k.op,      k.format, k.dtype, k.arch,
+                           k.variant, k.available(), reason.c_str()};
+  });
+}
+
+sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype, int64_t m,
+                     int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
+  return guard([&] {
+    sk::Problem problem;
+    problem.op = &deref(op, "op");
+    problem.format = sk::find_format(format);
+    problem.pattern = deref(pattern, "pattern");
+    problem.dtype = dtype;
+    problem.m = m, problem.n = n, problem.k = k;
+    problem.threads = num_threads > 0 ? num_threads : sk::cpu_info().cores;
+    sk::geometry(problem.pattern, dtype, n, k);
+    SK_REQUIRE(m >= 0, "explain: expected m >= 0, got ", m);
+    const auto answers = sk::explain(problem);
+    std::copy(answers.begin(), answers.end(), &deref(out, "out"));
+  });
+}
+
+sk_status sk_get_cpu_info(sk_cpu_info* info) {
+  return guard([&] {
+    const sk::CpuInfo& cpu = sk::cpu_info();
+    sk_cpu_info& out = deref(info, "info");
+    out = {};
+    copy_text(out.model, sizeof out.model, cpu.model);
+    copy_text(out.isa, sizeof out.isa, sk::isa_name(cpu.isa));
+    copy_text(out.isa_detected, sizeof out.isa_detected, sk::isa_name(cpu.detected));
+    copy_text(out.features, sizeof out.features, cpu.features);
+    out.cores = cpu.cores;
+    out.l1d_bytes = cpu.l1d_bytes;
+    out.l2_bytes = cpu.l2_bytes;
+    out.l3_bytes = cpu.l3_bytes;
+  });
+}
+
+sk_status sk_reload_environment(void) {
+  return guard([] { sk::reload_environment(); });
+}

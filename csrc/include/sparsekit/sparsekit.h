@@ -1,0 +1,198 @@
+/* sparsekit: the C interface.
+ *
+ * Everything the library does for a caller without Python: describe a pruned weight, pack it into the
+ * bytes a kernel wants, multiply. No call allocates memory that the caller must free, throws, exits or
+ * keeps a pointer after it returns. Every function returns a status; the text of the last failure on
+ * the calling thread is at sk_last_error().
+ *
+ *     y[m, n] = activation(x[m, k] · W[n, k]ᵀ + bias[n]) + residual[m, n]          W is the sparse one
+ *
+ * Weights take three steps, each with its inverse:
+ *
+ *     dense + mask  --sk_compress-->  canonical (sk_weight)  --sk_pack-->  a kernel's format (bytes)
+ *                   <-sk_decompress--                        <-sk_unpack--
+ *
+ * The canonical form is what files hold; formats belong to one family of kernels. layout/README.md
+ * shows the bytes of each.
+ */
+#ifndef SPARSEKIT_SPARSEKIT_H_
+#define SPARSEKIT_SPARSEKIT_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SK_API
+#else
+#define SK_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum sk_status {
+  SK_OK = 0,
+  SK_INVALID_ARGUMENT = 1, /* the caller's mistake: Python raises ValueError */
+  SK_UNSUPPORTED = 2,      /* nothing here can run it: NotImplementedError */
+  SK_RUNTIME_ERROR = 3     /* the device or the system failed: RuntimeError */
+} sk_status;
+
+typedef enum sk_dtype { SK_F32 = 0, SK_BF16 = 1, SK_F16 = 2 } sk_dtype;
+
+typedef enum sk_activation {
+  SK_ACTIVATION_NONE = 0,
+  SK_ACTIVATION_RELU = 1,
+  SK_ACTIVATION_GELU = 2,      /* with erf */
+  SK_ACTIVATION_GELU_TANH = 3, /* the tanh approximation */
+  SK_ACTIVATION_SILU = 4
+} sk_activation;
+
+typedef enum sk_family { SK_FAMILY_NM = 0, SK_FAMILY_BSR = 1 } sk_family;
+
+/* A sparsity pattern. SK_FAMILY_NM: `kept` values of every `group` consecutive ones along k, shared by
+ * `vector` consecutive rows. SK_FAMILY_BSR: blocks of block_rows x block_cols. Unused fields are 0. */
+typedef struct sk_pattern {
+  int32_t family;
+  int32_t kept, group, vector;
+  int32_t block_rows, block_cols;
+} sk_pattern;
+
+/* A pruned weight W[n, k] in canonical form. The arrays are the caller's.
+ *
+ * NM, with groups = ceil(k / group) and slots = groups * kept:
+ *   values        [n, slots]                             kept numbers, ascending positions in a group
+ *   indices       [ceil(n / vector), ceil(slots * bits / 8)] bytes; position in the group, `bits` wide
+ *                 (2 for group <= 4, else 4), least significant bits first, each row byte aligned
+ *   crow_indices  NULL
+ * BSR, with nnzb kept blocks:
+ *   values        [nnzb, block_rows, block_cols]         blocks at the edge are padded with zeros
+ *   indices       int32 [nnzb]                           block columns, ascending in a block row
+ *   crow_indices  int32 [ceil(n / block_rows) + 1]       first block of each block row
+ */
+typedef struct sk_weight {
+  sk_pattern pattern;
+  int32_t dtype;
+  int64_t n, k;
+  void* values;
+  int64_t values_bytes;
+  void* indices;
+  int64_t indices_bytes;
+  void* crow_indices;
+  int64_t crow_indices_bytes;
+} sk_weight;
+
+/* What a packed buffer says of itself. */
+typedef struct sk_packed_info {
+  char format[32];
+  sk_pattern pattern;
+  int32_t dtype;
+  int64_t n, k;
+  int64_t nnzb; /* BSR: kept blocks; NM: 0 */
+  int64_t bytes;
+} sk_packed_info;
+
+/* One matmul. All tensors have the weight's dtype; rows may be strided (in elements), columns not. */
+typedef struct sk_matmul_args {
+  int64_t m, n, k;
+  int32_t dtype;
+  const void* x; /* [m, k] */
+  int64_t x_row_stride;
+  const void* weight; /* a buffer that sk_pack wrote, 64-byte aligned */
+  int64_t weight_bytes;
+  void* y; /* [m, n] */
+  int64_t y_row_stride;
+  const void* bias;     /* [n] or NULL */
+  const void* residual; /* [m, n] or NULL; may not overlap y */
+  int64_t residual_row_stride;
+  int32_t activation;
+  int32_t num_threads; /* 0: as many as there are cores */
+} sk_matmul_args;
+
+/* One line of the kernel registry. */
+typedef struct sk_kernel_info {
+  const char* name; /* <op>_<format>_<dtype>_<arch>[_variant] */
+  const char* op;
+  const char* format;
+  const char* dtype;
+  const char* arch;
+  const char* variant;  /* "" for the main one */
+  int32_t available;    /* this machine (and SPARSEKIT_ISA) can run it */
+  const char* reason;   /* why not, or what it is for */
+} sk_kernel_info;
+
+/* How one kernel answers a problem. */
+typedef struct sk_candidate {
+  const char* name;
+  int32_t ok;
+  int32_t chosen;
+  double cost_us;    /* the cost model's estimate, 0 when not ok */
+  char reason[192];
+} sk_candidate;
+
+/* The message of the last call on this thread that did not return SK_OK. Never NULL. */
+SK_API const char* sk_last_error(void);
+SK_API const char* sk_version(void);
+
+/* --- canonical form ------------------------------------------------------------------------------ */
+
+/* Bytes of the three arrays of a weight; `nnzb` counts for BSR only. */
+SK_API sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k,
+                                 int64_t nnzb, int64_t* values_bytes, int64_t* indices_bytes,
+                                 int64_t* crow_indices_bytes);
+
+/* Blocks of a BSR pattern in which the mask (bytes, row-major [n, k], non-zero = kept) keeps anything. */
+SK_API sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n, int64_t k,
+                                 int64_t* nnzb);
+
+/* Dense rows and mask to canonical. Fails, and says where first, if the mask does not fit the pattern.
+ * A group that keeps fewer than it may is filled with zeros at the lowest free positions. */
+SK_API sk_status sk_compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_weight* out);
+
+/* Canonical to dense rows; what was pruned becomes zero. */
+SK_API sk_status sk_decompress(const sk_weight* weight, void* dense, int64_t row_stride);
+
+/* Refuses sizes that do not belong together and indices out of range: call it on what comes from a file. */
+SK_API sk_status sk_validate(const sk_weight* weight);
+
+/* --- formats ------------------------------------------------------------------------------------- */
+
+/* The format whose kernel is the best this machine has for the pattern. `target`: "auto" or "cpu" for
+ * this CPU, "reference" for the canonical format that the scalar kernels read. */
+SK_API sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target,
+                                   char format[32]);
+SK_API sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* bytes);
+SK_API sk_status sk_pack(const sk_weight* weight, const char* format, void* packed, int64_t bytes);
+SK_API sk_status sk_read_packed_info(const void* packed, int64_t bytes, sk_packed_info* info);
+/* `out` holds arrays of the sizes sk_weight_sizes gives for the packed buffer's own description. */
+SK_API sk_status sk_unpack(const void* packed, int64_t bytes, sk_weight* out);
+
+/* --- run ----------------------------------------------------------------------------------------- */
+
+/* Runs the registry's choice, or the kernel named (NULL, or SPARSEKIT_KERNEL when it is NULL). */
+SK_API sk_status sk_matmul(const sk_matmul_args* args, const char* kernel);
+
+SK_API int32_t sk_kernel_count(void);
+SK_API sk_status sk_get_kernel(int32_t index, sk_kernel_info* info);
+/* Every kernel's answer to the problem: `out` holds sk_kernel_count() entries. */
+SK_API sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype,
+                            int64_t m, int64_t n, int64_t k, int32_t num_threads, sk_candidate* out);
+
+/* --- machine ------------------------------------------------------------------------------------- */
+
+typedef struct sk_cpu_info {
+  char model[64];
+  char isa[16];          /* the level in use: scalar, avx2, avx512 or avx512bf16 */
+  char isa_detected[16]; /* before SPARSEKIT_ISA */
+  char features[256];    /* space-separated */
+  int32_t cores;
+  int64_t l1d_bytes, l2_bytes, l3_bytes;
+} sk_cpu_info;
+
+SK_API sk_status sk_get_cpu_info(sk_cpu_info* info);
+/* Reads SPARSEKIT_ISA and SPARSEKIT_KERNEL again; they are otherwise read once. */
+SK_API sk_status sk_reload_environment(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* SPARSEKIT_SPARSEKIT_H_ */

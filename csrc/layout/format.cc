@@ -1,0 +1,82 @@
+#include "layout/format.h"
+
+#include <cstring>
+
+namespace sk {
+namespace {
+
+const Format kFormats[kFormatCount] = {
+    {"nm", SK_FAMILY_NM, layout_nm, pack_nm, unpack_nm},
+    {"bsr", SK_FAMILY_BSR, layout_bsr, pack_bsr, unpack_bsr},
+    {"nm_rows16", SK_FAMILY_NM, layout_nm_rows16, pack_nm_rows16, unpack_nm_rows16},
+    {"bsr_rows", SK_FAMILY_BSR, layout_bsr_rows, pack_bsr_rows, unpack_bsr_rows},
+};
+
+}  // namespace
+
+const Format& format(int id) { return kFormats[id]; }
+
+int find_format(const char* name) {
+  std::string known;
+  for (int id = 0; id < kFormatCount; ++id) {
+    if (name && std::strcmp(name, kFormats[id].name) == 0) return id;
+    known += (id ? ", " : "") + std::string(kFormats[id].name);
+  }
+  throw Error(SK_INVALID_ARGUMENT, concat("format: expected one of ", known, ", got '", name ? name : "", "'"));
+}
+
+PackedHeader make_header(const sk_weight& weight, int format_id) {
+  PackedHeader header{};
+  header.nnzb = check_weight_sizes(weight);
+  SK_REQUIRE(format(format_id).family == weight.pattern.family, "pack: format ", format(format_id).name,
+             " does not hold the pattern ", pattern_name(weight.pattern));
+  header.magic = kPackedMagic;
+  header.format = format_id;
+  header.pattern = weight.pattern;
+  header.dtype = weight.dtype;
+  header.panel_rows = 1;
+  header.n = weight.n;
+  header.k = weight.k;
+  format(format_id).layout(header);
+  return header;
+}
+
+void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes) {
+  validate(weight);
+  const PackedHeader header = make_header(weight, format_id);
+  SK_REQUIRE(buffer && reinterpret_cast<uintptr_t>(buffer) % kAlignment == 0,
+             "pack: expected a buffer aligned to ", kAlignment, " bytes");
+  SK_REQUIRE(bytes == header.bytes, "pack: format ", format(format_id).name, " takes ", header.bytes,
+             " bytes here, got ", bytes);
+  std::memset(buffer, 0, size_t(bytes));
+  std::memcpy(buffer, &header, sizeof header);
+  format(format_id).pack(weight, header, static_cast<uint8_t*>(buffer));
+}
+
+PackedWeight open_packed(const void* buffer, int64_t bytes) {
+  SK_REQUIRE(buffer && reinterpret_cast<uintptr_t>(buffer) % kAlignment == 0,
+             "packed weight: expected a buffer aligned to ", kAlignment, " bytes");
+  SK_REQUIRE(bytes >= kHeaderBytes, "packed weight: ", bytes, " bytes are too few for a header");
+  const auto* header = static_cast<const PackedHeader*>(buffer);
+  SK_REQUIRE(header->magic == kPackedMagic, "packed weight: not a buffer written by sk_pack of this version");
+  SK_REQUIRE(header->format >= 0 && header->format < kFormatCount, "packed weight: unknown format ", header->format);
+  const Format& f = format(header->format);
+  SK_REQUIRE(f.family == header->pattern.family, "packed weight: format ", f.name, " with the wrong pattern");
+  PackedHeader expected = *header;
+  f.layout(expected);
+  SK_REQUIRE(std::memcmp(&expected, header, sizeof expected) == 0 && header->bytes <= bytes,
+             "packed weight: the header's sizes do not belong together or the buffer is cut at ", bytes, " bytes");
+  return {header, static_cast<const uint8_t*>(buffer)};
+}
+
+void unpack(const PackedWeight& packed, sk_weight& out) {
+  const PackedHeader& h = *packed.header;
+  out.pattern = h.pattern;
+  out.dtype = h.dtype;
+  out.n = h.n;
+  out.k = h.k;
+  SK_REQUIRE(check_weight_sizes(out) == h.nnzb, "unpack: the arrays hold another number of blocks than ", h.nnzb);
+  format(h.format).unpack(packed, out);
+}
+
+}  // namespace sk

@@ -1,0 +1,98 @@
+// Packed formats: the header every packed buffer starts with, and the table of formats.
+// layout/README.md shows the bytes.
+#pragma once
+#include <cstdint>
+
+#include "layout/weight.h"
+
+namespace sk {
+
+constexpr uint32_t kPackedMagic = 0x31504b53;  // "SKP1" in memory
+constexpr int64_t kAlignment = 64;             // of the buffer and of each section: a cache line
+
+struct PackedHeader {
+  uint32_t magic;
+  int32_t format;  // index into formats()
+  sk_pattern pattern;
+  int32_t dtype;
+  int32_t panel_rows;  // rows that are stored interleaved; 1 for canonical formats
+  int64_t n, k;
+  int64_t nnzb;                                              // BSR
+  int64_t crow_offset, indices_offset, values_offset;  // bytes from the header; crow: BSR only
+  int64_t bytes;                                             // the whole buffer
+};
+static_assert(sizeof(PackedHeader) <= 128, "the first section starts at byte 128");
+constexpr int64_t kHeaderBytes = 128;
+
+// A packed buffer whose header has been checked.
+struct PackedWeight {
+  const PackedHeader* header;
+  const uint8_t* base;
+
+  template <class T>
+  const T* section(int64_t offset) const {
+    return reinterpret_cast<const T*>(base + offset);
+  }
+  template <class T>
+  const T* values() const {
+    return section<T>(header->values_offset);
+  }
+  template <class T>
+  const T* indices() const {
+    return section<T>(header->indices_offset);
+  }
+  const int32_t* crow() const { return section<int32_t>(header->crow_offset); }
+};
+
+// One format: how large, how to write, how to read back.
+struct Format {
+  const char* name;
+  sk_family family;
+  // Completes panel_rows, the offsets and `bytes` from pattern, dtype, n, k and nnzb.
+  void (*layout)(PackedHeader& header);
+  // The buffer is zeroed and its header complete.
+  void (*pack)(const sk_weight& weight, const PackedHeader& header, uint8_t* base);
+  void (*unpack)(const PackedWeight& packed, sk_weight& out);
+};
+
+enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kFormatCount };
+
+// One line per format, at the end of format.cc.
+const Format& format(int id);
+int find_format(const char* name);  // throws ValueError naming the known ones
+
+PackedHeader make_header(const sk_weight& weight, int format_id);
+void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes);
+void unpack(const PackedWeight& packed, sk_weight& out);
+// Checks size, alignment, magic and that the header's numbers belong together.
+PackedWeight open_packed(const void* buffer, int64_t bytes);
+
+// The formats' own functions, defined in the file of each.
+void layout_nm(PackedHeader&);
+void pack_nm(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_nm(const PackedWeight&, sk_weight&);
+void layout_bsr(PackedHeader&);
+void pack_bsr(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_bsr(const PackedWeight&, sk_weight&);
+void layout_nm_rows16(PackedHeader&);
+void pack_nm_rows16(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_nm_rows16(const PackedWeight&, sk_weight&);
+void layout_bsr_rows(PackedHeader&);
+void pack_bsr_rows(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_bsr_rows(const PackedWeight&, sk_weight&);
+
+// Places sections one after the other, each on a cache line of its own.
+class SectionCursor {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t offset = at_;
+    at_ = round_up(at_ + bytes, kAlignment);
+    return offset;
+  }
+  int64_t end() const { return at_; }
+
+ private:
+  int64_t at_ = kHeaderBytes;
+};
+
+}  // namespace sk

@@ -1,0 +1,188 @@
+// The Python module _C: integers (addresses, sizes) in, nothing of PyTorch. _native.py is its only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "core/parallel.h"
+#include "sparsekit/sparsekit.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// (family, kept, group, vector, block_rows, block_cols)
+using PatternTuple = std::tuple<int, int, int, int, int, int>;
+
+sk_pattern to_pattern(const PatternTuple& t) {
+  sk_pattern p{};
+  std::tie(p.family, p.kept, p.group, p.vector, p.block_rows, p.block_cols) = t;
+  return p;
+}
+PatternTuple from_pattern(const sk_pattern& p) {
+  return {p.family, p.kept, p.group, p.vector, p.block_rows, p.block_cols};
+}
+
+void check(sk_status status) {
+  if (status == SK_OK) return;
+  const std::string message = sk_last_error();
+  if (status == SK_INVALID_ARGUMENT) throw py::value_error(message);
+  if (status == SK_UNSUPPORTED) {
+    PyErr_SetString(PyExc_NotImplementedError, message.c_str());
+    throw py::error_already_set();
+  }
+  throw std::runtime_error(message);
+}
+
+template <class T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A canonical weight as Python passes it: addresses and sizes in bytes.
+struct Weight {
+  PatternTuple pattern;
+  int dtype;
+  int64_t n, k;
+  uintptr_t values;
+  int64_t values_bytes;
+  uintptr_t indices;
+  int64_t indices_bytes;
+  uintptr_t crow_indices;
+  int64_t crow_indices_bytes;
+
+  sk_weight get() const {
+    return {to_pattern(pattern), dtype,         n,  k, at(values), values_bytes, at(indices), indices_bytes,
+            at(crow_indices),    crow_indices_bytes};
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "sparsekit's native kernels; call them through sparsekit._native";
+
+  py::class_<Weight>(m, "Weight")
+      .def(py::init([](PatternTuple pattern, int dtype, int64_t n, int64_t k, uintptr_t values, int64_t values_bytes,
+                       uintptr_t indices, int64_t indices_bytes, uintptr_t crow, int64_t crow_bytes) {
+        return Weight{pattern, dtype, n, k, values, values_bytes, indices, indices_bytes, crow, crow_bytes};
+      }));
+
+  m.def("weight_sizes", [](PatternTuple pattern, int dtype, int64_t n, int64_t k, int64_t nnzb) {
+    const sk_pattern p = to_pattern(pattern);
+    int64_t values, indices, crow;
+    check(sk_weight_sizes(&p, dtype, n, k, nnzb, &values, &indices, &crow));
+    return std::make_tuple(values, indices, crow);
+  });
+  m.def("count_blocks", [](PatternTuple pattern, uintptr_t mask, int64_t n, int64_t k) {
+    const sk_pattern p = to_pattern(pattern);
+    int64_t nnzb;
+    check(sk_count_blocks(&p, at<const uint8_t>(mask), n, k, &nnzb));
+    return nnzb;
+  });
+  m.def("compress", [](uintptr_t dense, int64_t row_stride, uintptr_t mask, const Weight& out) {
+    sk_weight w = out.get();
+    py::gil_scoped_release release;
+    const sk_status status = sk_compress(at(dense), row_stride, at<const uint8_t>(mask), &w);
+    py::gil_scoped_acquire acquire;
+    check(status);
+  });
+  m.def("decompress", [](const Weight& weight, uintptr_t dense, int64_t row_stride) {
+    const sk_weight w = weight.get();
+    check(sk_decompress(&w, at(dense), row_stride));
+  });
+  m.def("validate", [](const Weight& weight) {
+    const sk_weight w = weight.get();
+    check(sk_validate(&w));
+  });
+
+  m.def("default_format", [](PatternTuple pattern, int dtype, const std::string& target) {
+    const sk_pattern p = to_pattern(pattern);
+    char format[32];
+    check(sk_default_format(&p, dtype, target.c_str(), format));
+    return std::string(format);
+  });
+  m.def("packed_bytes", [](const Weight& weight, const std::string& format) {
+    const sk_weight w = weight.get();
+    int64_t bytes;
+    check(sk_packed_bytes(&w, format.c_str(), &bytes));
+    return bytes;
+  });
+  m.def("pack", [](const Weight& weight, const std::string& format, uintptr_t packed, int64_t bytes) {
+    const sk_weight w = weight.get();
+    check(sk_pack(&w, format.c_str(), at(packed), bytes));
+  });
+  m.def("packed_info", [](uintptr_t packed, int64_t bytes) {
+    sk_packed_info info;
+    check(sk_read_packed_info(at(packed), bytes, &info));
+    return std::make_tuple(std::string(info.format), from_pattern(info.pattern), info.dtype, info.n, info.k,
+                           info.nnzb, info.bytes);
+  });
+  m.def("unpack", [](uintptr_t packed, int64_t bytes, const Weight& out) {
+    sk_weight w = out.get();
+    check(sk_unpack(at(packed), bytes, &w));
+  });
+
+  m.def("matmul", [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x, int64_t x_row_stride,
+                     uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride, uintptr_t bias,
+                     uintptr_t residual, int64_t residual_row_stride, int activation, int threads,
+                     const char* kernel) {
+    const sk_matmul_args args{rows,         n,        k,    dtype,        at(x),    x_row_stride, at(weight),
+                              weight_bytes, at(y),    y_row_stride, at(bias), at(residual), residual_row_stride,
+                              activation,   threads};
+    sk_status status;
+    {
+      py::gil_scoped_release release;
+      status = sk_matmul(&args, kernel);
+    }
+    check(status);
+  });
+
+  m.def("kernels", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string, std::string, bool,
+                           std::string>>
+        list;
+    for (int i = 0; i < sk_kernel_count(); ++i) {
+      sk_kernel_info k;
+      check(sk_get_kernel(i, &k));
+      list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0, k.reason);
+    }
+    return list;
+  });
+  m.def("explain", [](const std::string& op, const std::string& format, PatternTuple pattern, int dtype,
+                      int64_t rows, int64_t n, int64_t k, int threads) {
+    const sk_pattern p = to_pattern(pattern);
+    std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
+    check(sk_explain(op.c_str(), format.c_str(), &p, dtype, rows, n, k, threads, answers.data()));
+    std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
+    for (const sk_candidate& c : answers) list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
+    return list;
+  });
+
+  m.def("cpu_info", [] {
+    sk_cpu_info info;
+    check(sk_get_cpu_info(&info));
+    py::dict d;
+    d["model"] = info.model;
+    d["isa"] = info.isa;
+    d["isa_detected"] = info.isa_detected;
+    d["features"] = info.features;
+    d["cores"] = info.cores;
+    d["l1d_bytes"] = info.l1d_bytes;
+    d["l2_bytes"] = info.l2_bytes;
+    d["l3_bytes"] = info.l3_bytes;
+    d["threading"] = sk::parallel_backend();
+    return d;
+  });
+  m.def("build_info", [] {
+    py::dict d;
+    d["version"] = SPARSEKIT_VERSION;
+    d["compiler"] = SPARSEKIT_COMPILER;
+    d["build_type"] = SPARSEKIT_BUILD_TYPE;
+    d["options"] = SPARSEKIT_BUILD_OPTIONS;
+    return d;
+  });
+  m.def("reload_environment", [] { check(sk_reload_environment()); });
+}

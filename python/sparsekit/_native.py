@@ -1,0 +1,298 @@
+"""The only caller of the native module ``_C``: tensors become addresses, status codes exceptions.
+
+Everything here trusts its caller to pass CPU tensors; sizes, dtypes and indices are checked by the
+library before it reads an address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit import _C
+from sparsekit.patterns import NM, BlockSparse, Pattern
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ALIGNMENT = 64
+"""Bytes: every packed buffer starts on a cache line."""
+
+_DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
+_PatternTuple = tuple[int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A pruned weight W[n, k] in the form that files hold (``sk_weight`` of the C interface).
+
+    Attributes:
+        pattern: the sparsity pattern.
+        shape: (n, k).
+        dtype: float32, bfloat16 or float16.
+        values: N:M: [n, slots] with slots = ceil(k / M) * N; blocks: [nnzb, rows, cols].
+        indices: N:M: uint8 [ceil(n / vector), ceil(slots * bits / 8)], the position of each kept value
+            in its group, 2 bits wide for M <= 4 and 4 bits above; blocks: int32 [nnzb] block columns.
+        crow_indices: blocks: int32 [ceil(n / rows) + 1]; N:M: None.
+    """
+
+    pattern: Pattern
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    values: Tensor
+    indices: Tensor
+    crow_indices: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        tensors = (self.values, self.indices, self.crow_indices)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@dataclass(frozen=True)
+class PackedInfo:
+    """What a packed buffer says of itself."""
+
+    format: str
+    pattern: Pattern
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    nnzb: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One line of the kernel registry; ``reason`` is why it cannot run here, or what it is for."""
+
+    name: str
+    op: str
+    format: str
+    dtype: str
+    arch: str
+    variant: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How one kernel answers a problem; ``cost_us`` is the cost model's estimate in microseconds."""
+
+    kernel: str
+    ok: bool
+    chosen: bool
+    cost_us: float | None
+    reason: str
+
+
+def _encode_pattern(pattern: Pattern) -> _PatternTuple:
+    if isinstance(pattern, NM):
+        return (0, pattern.n, pattern.m, pattern.vector, 0, 0)
+    if isinstance(pattern, BlockSparse):
+        return (1, 0, 0, 0, pattern.block_shape[0], pattern.block_shape[1])
+    raise TypeError(f"pattern: expected NM or BlockSparse, got {type(pattern).__name__}")
+
+
+def _decode_pattern(code: _PatternTuple, shape: tuple[int, int], nnzb: int) -> Pattern:
+    family, kept, group, vector, rows, cols = code
+    if family == 0:
+        return NM(kept, group, vector=vector)
+    blocks = -(-shape[0] // rows) * -(-shape[1] // cols)
+    return BlockSparse((rows, cols), sparsity=1 - nnzb / blocks)
+
+
+def _encode_dtype(dtype: torch.dtype) -> int:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}; cast the weight")
+    return DTYPES[dtype]
+
+
+def _weight(c: Canonical) -> Any:
+    def part(tensor: Tensor | None) -> tuple[int, int]:
+        if tensor is None:
+            return 0, 0
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError("canonical weight: expected contiguous CPU tensors")
+        return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+    return _C.Weight(
+        _encode_pattern(c.pattern),
+        _encode_dtype(c.dtype),
+        *c.shape,
+        *part(c.values),
+        *part(c.indices),
+        *part(c.crow_indices),
+    )
+
+
+def _empty_canonical(
+    pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int
+) -> Canonical:
+    sizes = _C.weight_sizes(_encode_pattern(pattern), _encode_dtype(dtype), *shape, nnzb)
+    values_bytes, indices_bytes, crow_bytes = sizes
+    values = torch.empty(values_bytes // dtype.itemsize, dtype=dtype)
+    if isinstance(pattern, NM):
+        values = values.view(shape[0], -1)
+        indices = torch.empty(indices_bytes, dtype=torch.uint8).view(-(-shape[0] // pattern.vector), -1)
+        return Canonical(pattern, shape, dtype, values, indices, None)
+    assert isinstance(pattern, BlockSparse)
+    values = values.view(nnzb, *pattern.block_shape)
+    indices = torch.empty(indices_bytes // 4, dtype=torch.int32)
+    crow = torch.empty(crow_bytes // 4, dtype=torch.int32)
+    return Canonical(pattern, shape, dtype, values, indices, crow)
+
+
+def compress(weight: Tensor, mask: Tensor, pattern: Pattern) -> Canonical:
+    """Dense [n, k] and bool mask [n, k] to canonical.
+
+    Raises:
+        ValueError: the mask does not fit the pattern; the message says where first.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    weight = weight.detach().contiguous()
+    mask = mask.to(torch.bool).contiguous()
+    code = _encode_pattern(pattern)
+    nnzb = 0 if isinstance(pattern, NM) else _C.count_blocks(code, mask.data_ptr(), *shape)
+    out = _empty_canonical(pattern, weight.dtype, shape, nnzb)
+    _C.compress(weight.data_ptr(), shape[1], mask.data_ptr(), _weight(out))
+    return out
+
+
+def decompress(c: Canonical) -> Tensor:
+    """Canonical to dense [n, k]; pruned positions are zero."""
+    dense = torch.empty(c.shape, dtype=c.dtype)
+    _C.decompress(_weight(c), dense.data_ptr(), c.shape[1])
+    return dense
+
+
+def validate(c: Canonical) -> None:
+    """Refuses arrays of the wrong size and indices out of range or out of order (ValueError)."""
+    expected = {"values": c.dtype}
+    if isinstance(c.pattern, NM):
+        expected["indices"] = torch.uint8
+    else:
+        expected |= {"indices": torch.int32, "crow_indices": torch.int32}
+    for name, dtype in expected.items():
+        tensor = getattr(c, name)
+        if tensor is None or tensor.dtype != dtype:
+            got = "nothing" if tensor is None else tensor.dtype
+            raise ValueError(f"{name}: expected {dtype}, got {got}")
+    _C.validate(_weight(c))
+
+
+def pack(c: Canonical, format: str) -> Tensor:
+    """Canonical to the bytes of a format: uint8 [bytes], aligned to 64 bytes."""
+    weight = _weight(c)
+    data = aligned_empty(_C.packed_bytes(weight, format))
+    _C.pack(weight, format, data.data_ptr(), data.numel())
+    return data
+
+
+def aligned_empty(nbytes: int) -> Tensor:
+    """An uninitialised uint8 tensor that starts on a cache line."""
+    storage = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    offset = -storage.data_ptr() % ALIGNMENT
+    return storage[offset : offset + nbytes]
+
+
+def packed_info(data: Tensor) -> PackedInfo:
+    """Reads the header of a packed buffer (ValueError when it is none)."""
+    format, code, dtype, n, k, nnzb, nbytes = _C.packed_info(data.data_ptr(), data.numel())
+    pattern = _decode_pattern(code, (n, k), nnzb)
+    return PackedInfo(format, pattern, _DTYPES_BACK[dtype], (n, k), nnzb, nbytes)
+
+
+def unpack(data: Tensor) -> Canonical:
+    """A packed buffer back to canonical, bit for bit."""
+    info = packed_info(data)
+    out = _empty_canonical(info.pattern, info.dtype, info.shape, info.nnzb)
+    _C.unpack(data.data_ptr(), data.numel(), _weight(out))
+    return out
+
+
+def default_format(pattern: Pattern, dtype: torch.dtype, target: str = "auto") -> str:
+    """The format whose kernel is the best here. ``target``: "auto", "cpu" or "reference"."""
+    return str(_C.default_format(_encode_pattern(pattern), _encode_dtype(dtype), target))
+
+
+def matmul(
+    x: Tensor,
+    data: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    kernel: str | None = None,
+) -> None:
+    """y = activation(x @ W.T + bias) + residual, into y.
+
+    Args:
+        x: [m, k], last dimension contiguous, the packed weight's dtype.
+        data: a packed buffer.
+        y: [m, n], last dimension contiguous, same dtype.
+        bias: [n] or None. residual: [m, n] or None.
+        kernel: forces one kernel by its id.
+    """
+    _C.matmul(
+        x.shape[0],
+        y.shape[1],
+        x.shape[1],
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        data.data_ptr(),
+        data.numel(),
+        y.data_ptr(),
+        y.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        ACTIVATIONS[activation],
+        torch.get_num_threads(),
+        kernel,
+    )
+
+
+def kernels() -> list[KernelInfo]:
+    """The registry."""
+    return [KernelInfo(*row) for row in _C.kernels()]
+
+
+def explain(
+    format: str, pattern: Pattern, dtype: torch.dtype, n: int, k: int, m: int
+) -> list[Candidate]:
+    """Every kernel's answer to a problem, in the registry's order."""
+    rows = _C.explain(
+        "matmul",
+        format,
+        _encode_pattern(pattern),
+        _encode_dtype(dtype),
+        m,
+        n,
+        k,
+        torch.get_num_threads(),
+    )
+    return [
+        Candidate(name, ok, chosen, cost if ok else None, reason)
+        for name, ok, chosen, cost, reason in rows
+    ]
+
+
+def cpu_info() -> dict[str, Any]:
+    """Model, features, ISA level in use and detected, cores, cache sizes in bytes, thread pool."""
+    return dict(_C.cpu_info())
+
+
+def build_info() -> dict[str, str]:
+    """Version, compiler and options of the native build."""
+    return dict(_C.build_info())
+
+
+def reload_environment() -> None:
+    """Reads SPARSEKIT_ISA and SPARSEKIT_KERNEL again."""
+    _C.reload_environment()
