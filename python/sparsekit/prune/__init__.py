@@ -1,0 +1,38 @@
+"""Pruning: score → mask → reconstruction → recovery, each an independent choice.
+
+`sparsekit.prune` is this package and can be called: `sparsekit.prune(model, "2:4")` is
+`sparsekit.prune.prune(model, "2:4")`.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+from sparsekit.prune.api import prune
+from sparsekit.prune.masks import HeldMasks, hold_masks
+from sparsekit.prune.methods import METHODS, Method
+from sparsekit.prune.reconstruct import RECONSTRUCTIONS
+from sparsekit.prune.report import PrunedLayer, PruneReport
+
+__all__ = [
+    "METHODS",
+    "RECONSTRUCTIONS",
+    "HeldMasks",
+    "Method",
+    "PruneReport",
+    "PrunedLayer",
+    "hold_masks",
+    "prune",
+]
+
+
+class _CallablePackage(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> PruneReport:
+        return prune(*args, **kwargs)
+
+
+# Importing a submodule binds `sparsekit.prune` to this package, so the package itself must be
+# callable for `sk.prune(...)` to work whatever was imported before.
+sys.modules[__name__].__class__ = _CallablePackage

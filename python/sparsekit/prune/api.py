@@ -1,0 +1,169 @@
+"""`prune`: from a dense model to one whose weights follow a pattern."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparsekit.patterns import Pattern, PatternChoice
+from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Layer, read_batches
+from sparsekit.prune.methods import METHODS
+from sparsekit.prune.reconstruct import (
+    RECONSTRUCTIONS,
+    ReconstructionOptions,
+    relative_error,
+)
+from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.targets import choose_layers
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    pattern: PatternChoice,
+    method: str = "magnitude",
+    calibration: Iterable[Any] | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    progress: bool = True,
+    reconstruction: str | None = None,
+    solver_block: int = 128,
+    dampening: float = 0.01,
+    cache_bytes: int = CACHE_BYTES,
+) -> PruneReport:
+    """Prune the linear layers of a model in place.
+
+    With calibration the layers are done in the order they run: the batches go through the model
+    up to the next layers that share an input, these are pruned, and the layers after them see
+    what the pruned ones put out. One second moment `[k, k]` is in memory at a time.
+
+    Args:
+        model: changed in place: pruned weights become exactly zero, and a reconstruction changes
+            the kept ones. Everything else stays as it is.
+        pattern: one pattern for all layers, or a mapping from globs and `re:` expressions on
+            module names to patterns (None leaves a layer dense).
+        method: a name in `METHODS`: "magnitude", "wanda", "sparsegpt".
+        calibration: iterable of batches that the model is called with: a tensor, a tuple or list
+            of positional arguments, or a mapping of keyword arguments. Read once, so a generator
+            will do. Tokens that a batch's 2-D `attention_mask` leaves out are not counted. With
+            it, the report holds each layer's error for methods that do not need it as well.
+        targets: globs or `re:` expressions of the layers to prune; None means every `nn.Linear`.
+        ignore: layers to leave dense, wins over `targets`.
+        progress: show a progress bar.
+        reconstruction: what happens to the kept weights, a name in `RECONSTRUCTIONS`: "none",
+            "sweep" (SparseGPT's update) or "least_squares"; None takes the method's own.
+        solver_block: SparseGPT's column batch.
+        dampening: fraction of the mean diagonal added to the second moment's diagonal.
+        cache_bytes: most memory for outputs of finished blocks, which spares recomputing them.
+
+    Returns:
+        What was done to each layer, with the masks.
+
+    Raises:
+        ValueError: unknown method or reconstruction, calibration missing where it is needed,
+            empty, exhausted or not made of batches, no layer to prune, a weight that is empty
+            or holds NaN or infinities, calibration inputs that do.
+    """
+    started = time.perf_counter()
+    chosen_method = _lookup(METHODS, method, "method")
+    name = chosen_method.reconstruction if reconstruction is None else reconstruction
+    solve = _lookup(RECONSTRUCTIONS, name, "reconstruction")
+    if calibration is None and (chosen_method.needs_calibration or name != "none"):
+        raise ValueError(
+            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
+            "calibration=batches, or use method='magnitude'"
+        )
+    options = ReconstructionOptions(solver_block, dampening)
+    batches = None if calibration is None else read_batches(calibration)
+    chosen, dense = choose_layers(model, pattern, targets, ignore)
+    for layer, _ in chosen.values():
+        _check_weight(layer)
+
+    done: list[PrunedLayer] = []
+    masks: dict[str, Tensor] = {}
+
+    def apply(layer: Layer, moment: Tensor | None) -> None:
+        wanted = chosen[layer.name][1]
+        weight = layer.weight
+        before = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        try:
+            after, mask = solve(before, wanted, chosen_method.score, moment, options)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"prune: the inputs of layer {layer.name!r} are too alike to invert their second "
+                f"moment with dampening={dampening}; raise it, or pass more calibration data"
+            ) from error
+        weight.copy_(after)
+        masks[layer.name] = mask
+        lost = None if moment is None else relative_error(before, weight.to(before.dtype), moment)
+        done.append(_describe(layer.name, weight, wanted, lost))
+
+    with tqdm(total=len(chosen), desc=f"prune ({method})", disable=not progress) as bar:
+        for layer, moment in _in_order(model, chosen, batches, dense, cache_bytes):
+            bar.set_postfix_str(layer.name, refresh=False)
+            apply(layer, moment)
+            bar.update()
+    done += [
+        _describe(layer_name, module.weight, None, None, reason)
+        for layer_name, (module, reason) in dense.items()
+    ]
+    return PruneReport(method, name, tuple(done), masks, time.perf_counter() - started)
+
+
+def _in_order(
+    model: nn.Module,
+    chosen: dict[str, tuple[Layer, Pattern]],
+    batches: Sequence[Any] | None,
+    dense: dict[str, tuple[nn.Linear, str]],
+    cache_bytes: int,
+) -> Iterator[tuple[Layer, Tensor | None]]:
+    """Layers with the second moment of their inputs, each group after the one before is pruned."""
+    layers = [layer for layer, _ in chosen.values()]
+    if batches is None:
+        yield from ((layer, None) for layer in layers)
+        return
+    with Calibration(model, batches, layers, cache_bytes) as calibration:
+        for layer in calibration.unreached:
+            dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
+        for group in calibration.groups:
+            moment = calibration.moment(group)
+            for layer in group.layers:
+                yield layer, moment
+            calibration.done(group)
+
+
+def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
+    try:
+        return registry[name]
+    except KeyError:
+        raise ValueError(
+            f"prune: unknown {what} {name!r}; known are {', '.join(sorted(registry))}"
+        ) from None
+
+
+def _check_weight(layer: Layer) -> None:
+    weight = layer.weight
+    if weight.numel() == 0:
+        raise ValueError(
+            f"prune: the weight of {layer.name!r} is empty {list(weight.shape)}; "
+            "leave it out with ignore="
+        )
+    if not bool(weight.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"prune: the weight of {layer.name!r} holds {bad} NaN or infinite values; "
+            "repair the checkpoint or leave the layer out with ignore="
+        )
+
+
+def _describe(
+    name: str, weight: Tensor, pattern: Pattern | None, error: float | None, reason: str = ""
+) -> PrunedLayer:
+    zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
+    shape = (weight.shape[0], weight.shape[1])
+    return PrunedLayer(name, shape, None if pattern is None else str(pattern), zeros, error, reason)

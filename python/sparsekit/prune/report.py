@@ -1,0 +1,95 @@
+"""What `prune` did, layer by layer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One layer of a `PruneReport`.
+
+    Attributes:
+        name: dotted module name.
+        shape: (out_features, in_features).
+        pattern: the pattern's spelling, None when the layer stayed dense.
+        sparsity: fraction of zeros in the weight.
+        error: ‖(W - W')X‖ / ‖WX‖ over the calibration inputs; None without calibration.
+        reason: why it stayed dense, or what else is worth knowing.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str | None
+    sparsity: float
+    error: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """Result of `prune`. `print(report)` shows a table, one line per layer.
+
+    Attributes:
+        method: name of the method.
+        reconstruction: name of the reconstruction.
+        layers: one entry per layer, pruned or not, in the order they were done.
+        masks: module name -> bool `[n, k]`, True = kept, for the pruned layers.
+        seconds: wall time.
+    """
+
+    method: str
+    reconstruction: str
+    layers: tuple[PrunedLayer, ...]
+    masks: Mapping[str, Tensor] = field(repr=False)
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned layers."""
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1.0 - kept / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the masks, as plain values for JSON."""
+        return {
+            "method": self.method,
+            "reconstruction": self.reconstruction,
+            "seconds": self.seconds,
+            "sparsity": self.sparsity,
+            "layers": [vars(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+        }
+
+    def __rich__(self) -> RenderableType:
+        table = Table(
+            title=f"{self.method}, reconstruction {self.reconstruction}: "
+            f"{len(self.masks)} layers pruned, {self.sparsity:.1%} zeros, {self.seconds:.1f} s"
+        )
+        for heading in ("layer", "shape", "pattern"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("zeros", justify="right")
+        table.add_column("error", justify="right")
+        table.add_column("note", overflow="fold")
+        for layer in self.layers:
+            table.add_row(
+                layer.name or "(model)",
+                f"{layer.shape[0]}x{layer.shape[1]}",
+                layer.pattern or "dense",
+                f"{layer.sparsity:.1%}",
+                "" if layer.error is None else f"{layer.error:.4f}",
+                layer.reason,
+            )
+        return table
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=110, color_system=None).print(self)
+        return buffer.getvalue().rstrip()
