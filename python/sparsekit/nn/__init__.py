@@ -1,0 +1,5 @@
+"""Sparse modules that take the place of dense ones."""
+
+from sparsekit.nn.linear import SparseLinear
+
+__all__ = ["SparseLinear"]

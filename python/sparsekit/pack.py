@@ -1,0 +1,272 @@
+"""From a dense weight to packed bytes and back.
+
+`pack` prunes (if needed), compresses to the canonical form and lays the bytes out for the best
+kernel of this machine. `PackedWeight` holds those bytes. What leaves the process (pickle, copy,
+files) is always the canonical form, which is laid out again where it arrives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit import _native
+from sparsekit.patterns import Pattern, PatternLike, detect_pattern, parse_pattern
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TARGETS = ("auto", "cpu", "reference")
+
+
+@dataclass(frozen=True)
+class PackedMeta:
+    """What packed bytes are: everything about a `PackedWeight` but the bytes.
+
+    Attributes:
+        format: name of the byte layout, e.g. `"nm"`.
+        pattern: the sparsity pattern.
+        dtype: dtype of the values.
+        shape: (n, k) of the dense weight.
+        target: what the format was chosen for; used again when the weight is packed anew.
+    """
+
+    format: str
+    pattern: Pattern
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    target: str
+
+
+class PackedWeight:
+    """A pruned weight `W[n, k]` in the byte layout of a kernel.
+
+    Made by `pack`. Pickling and copying keep the canonical form and pack again, so a pickle from
+    one machine works on another.
+
+    Args:
+        data: uint8 `[nbytes]`, as `sparsekit.pack` makes it.
+        meta: what the bytes are.
+    """
+
+    __slots__ = ("data", "meta")
+
+    def __init__(self, data: Tensor, meta: PackedMeta) -> None:
+        self.data = data
+        self.meta = meta
+
+    @classmethod
+    def from_canonical(cls, canonical: _native.Canonical, target: str = "auto") -> PackedWeight:
+        """Lay a canonical weight out for `target` (see `pack`)."""
+        if target not in TARGETS:
+            raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
+        format = _native.default_format(canonical.pattern, canonical.dtype, target)
+        meta = PackedMeta(
+            format, canonical.pattern, canonical.dtype, tuple(canonical.shape), target
+        )
+        data = _native.pack(canonical, format)
+        if data.untyped_storage().nbytes() != data.numel():
+            # A tensor that is its whole storage: savers would otherwise see a cut-out.
+            data = data.clone()
+        return cls(data, meta)
+
+    @property
+    def format(self) -> str:
+        """Name of the byte layout."""
+        return self.meta.format
+
+    @property
+    def pattern(self) -> Pattern:
+        """The sparsity pattern."""
+        return self.meta.pattern
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the values."""
+        return self.meta.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, k): out_features and in_features of the dense weight."""
+        return self.meta.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed form, padding and header included."""
+        return self.data.numel()
+
+    def canonical(self) -> _native.Canonical:
+        """The canonical form (values, indices), which files hold."""
+        canonical = _native.unpack(self.data.cpu())
+        # Bytes do not say which sparsity was asked for; the pattern does.
+        return dataclasses.replace(canonical, pattern=self.pattern)
+
+    def to_dense(self) -> Tensor:
+        """The dense weight `[n, k]`, pruned values zero, through the layout's own inverse."""
+        return _native.decompress(self.canonical()).to(self.device)
+
+    def to(self, target: torch.device | torch.dtype | str) -> PackedWeight:
+        """Move to a device, or convert the values to another dtype.
+
+        Raises:
+            ValueError: the dtype cannot be stored, or a value overflows in it.
+        """
+        if isinstance(target, torch.dtype):
+            return self if target == self.dtype else self._converted(target)
+        data = self.data.to(target)
+        return self if data is self.data else PackedWeight(data, self.meta)
+
+    def _converted(self, dtype: torch.dtype) -> PackedWeight:
+        _check_dtype(dtype)
+        canonical = self.canonical()
+        values = canonical.values.to(dtype)
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"PackedWeight.to: a value overflows in {dtype}; the largest magnitude is "
+                f"{canonical.values.abs().max().item():g}"
+            )
+        canonical = dataclasses.replace(canonical, values=values, dtype=dtype)
+        packed = PackedWeight.from_canonical(canonical, self.meta.target)
+        return packed.to(self.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.canonical(), self.meta.target, str(self.device))
+
+    def __repr__(self) -> str:
+        n, k = self.shape
+        return (
+            f"PackedWeight([{n}, {k}], pattern={self.pattern}, dtype={self.dtype}, "
+            f"format={self.format!r}, nbytes={self.nbytes})"
+        )
+
+
+def _restore(canonical: _native.Canonical, target: str, device: str) -> PackedWeight:
+    return PackedWeight.from_canonical(canonical, target).to(device)
+
+
+def pack(
+    weight: Tensor,
+    pattern: PatternLike = "2:4",
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    target: str = "auto",
+) -> PackedWeight:
+    """Prune a dense weight to a pattern and pack it for a kernel.
+
+    A weight whose non-zeros already fit the pattern packs without change; another one keeps its
+    largest magnitudes (`sparsekit.mask`).
+
+    Args:
+        weight: `[n, k]`, float32, bfloat16 or float16 (others with `dtype`).
+        pattern: a `Pattern` or its spelling.
+        mask: bool `[n, k]`, True = kept; overrides the choice by magnitude.
+        dtype: dtype of the packed values; None keeps the weight's.
+        target: "auto" or "cpu" for the best format on this CPU, "reference" for the canonical
+            layout that the scalar kernels read.
+
+    Returns:
+        The packed weight, on the weight's device.
+
+    Raises:
+        ValueError: the weight is empty, not 2-D, of another dtype, or holds a NaN or infinity; the
+            mask has another shape or dtype or does not fit the pattern.
+    """
+    pattern = parse_pattern(pattern)
+    weight = _checked_weight("pack", weight)
+    if mask is None:
+        mask = weight != 0
+        if not pattern.fits(mask):
+            mask = pattern.mask(weight.abs())
+    else:
+        _check_user_mask(mask, weight, pattern)
+    dtype = weight.dtype if dtype is None else dtype
+    _check_dtype(dtype)
+    converted = weight.to(dtype)
+    if dtype != weight.dtype:
+        _check_finite(f"pack: after conversion to {dtype}", converted)
+    canonical = _native.compress(converted.cpu(), mask.cpu(), pattern)
+    return PackedWeight.from_canonical(canonical, target).to(weight.device)
+
+
+def mask(weight: Tensor, pattern: PatternLike) -> Tensor:
+    """The mask of a pattern by magnitude.
+
+    Args:
+        weight: `[n, k]`, any floating dtype, finite.
+        pattern: a `Pattern` or its spelling.
+
+    Returns:
+        bool `[n, k]`, True = kept.
+    """
+    return parse_pattern(pattern).mask(_checked_weight("mask", weight).abs())
+
+
+def detect(weight: Tensor) -> Pattern | None:
+    """Which pattern the zeros of a weight already follow, e.g. of a model pruned elsewhere.
+
+    Args:
+        weight: `[n, k]`, any floating dtype.
+
+    Returns:
+        The most structured pattern that fits (see `sparsekit.patterns.detect_pattern`), or None
+        for a dense weight and for zeros without structure.
+    """
+    return detect_pattern(_checked_weight("detect", weight))
+
+
+def _checked_weight(what: str, weight: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        got = weight.layout if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{what}: expected a dense tensor as the weight, got {got}")
+    if weight.dim() != 2:
+        raise ValueError(f"{what}: expected a weight of shape [n, k], got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"{what}: expected a floating-point weight, got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{what}: the weight is empty, its shape is {list(weight.shape)}")
+    weight = weight.detach()
+    _check_finite(what, weight)
+    return weight
+
+
+def _check_finite(what: str, weight: Tensor) -> None:
+    # A sum is non-finite if any value is; it may also overflow, so it only opens the closer look.
+    if bool(weight.sum(dtype=torch.float32).isfinite()):
+        return
+    bad = ~weight.isfinite()
+    if not bool(bad.any()):
+        return
+    row, column = divmod(int(bad.flatten().to(torch.uint8).argmax()), weight.shape[1])
+    raise ValueError(
+        f"{what}: the weight is {weight[row, column].item()} at row {row}, column {column} "
+        f"({int(bad.sum())} such values); expected finite values"
+    )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"pack: values can be float32, bfloat16 or float16, got {dtype}; "
+            "choose one of these with dtype="
+        )
+
+
+def _check_user_mask(mask: Tensor, weight: Tensor, pattern: Pattern) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"pack: expected a bool mask (True = kept), got {mask.dtype}")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"pack: the mask has shape {list(mask.shape)}, the weight {list(weight.shape)}"
+        )
+    violation = pattern.first_violation(mask)
+    if violation is not None:
+        raise ValueError(
+            f"pack: the mask does not fit {pattern}: {violation}; make it with sparsekit.mask"
+        )
