@@ -21,6 +21,7 @@ class Row:
     Attributes:
         speedup: Fastest dense time over ours, median of the rounds; below 1 is a loss.
         rivals_ms: Median milliseconds of every baseline that could run.
+        gflops: Operations of the dense product over our time.
         forced: The kernel was asked for by name, not chosen.
     """
 
@@ -46,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A benchmark file: its rows, slowest case first, and where and when it was measured."""
+    """A benchmark file: its rows, worst case first, and where and when it was measured."""
 
     date: str
     cpu: str
@@ -76,10 +77,8 @@ def read(path: Path) -> Run:
         )
     rows = []
     for case in cases:
-        info = {k: v for k, v in case["extra_info"].items() if k in Row.__dataclass_fields__}
-        ms = case["stats"]["median"] * 1e3
-        gflops = 2 * info["m"] * info["n"] * info["k"] / (ms * 1e6)
-        rows.append(Row(ms=ms, gflops=gflops, **info))
+        info = case["extra_info"]
+        rows.append(Row(**{field: info[field] for field in Row.__dataclass_fields__}))
     machine = cases[0]["extra_info"]["machine"]
     return Run(
         date=content["datetime"][:10],

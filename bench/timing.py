@@ -11,10 +11,15 @@ from statistics import median
 _SETTLE_S = 0.003
 
 
-def timed_call(call: Callable[[], object]) -> float:
-    """Seconds of one call that follows a pause and one call to wake threads and warm caches."""
+def settle(call: Callable[[], object]) -> None:
+    """Lets other thread pools fall asleep, then calls once to wake this one and warm its caches."""
     time.sleep(_SETTLE_S)
     call()
+
+
+def timed_call(call: Callable[[], object]) -> float:
+    """Seconds of one settled call."""
+    settle(call)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
