@@ -1,0 +1,57 @@
+"""The guides' code runs as it is printed, and touches no more places than they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekit import patterns, prune
+from sparsekit.prune import methods, scores
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def code(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4v4", "bsr16x16@0.5"])
+def test_the_guide_to_a_pruning_method(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, line = code("adding_a_pruning_method.md")
+    names = {
+        **vars(scores),
+        "torch": torch,
+        "scores": type("scores", (), {}),
+        "Method": methods.Method,
+    }
+    exec("from __future__ import annotations\n" + score, names)
+    names["scores"].relative_importance = staticmethod(names["relative_importance"])
+    (entry,) = eval("{" + line + "}", names).items()
+    monkeypatch.setitem(methods.METHODS, *entry)
+
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64))
+    model[0].weight.data[3] = 0
+    report = prune(model, pattern, "ria", calibration=[torch.randn(8, 32)], progress=False)
+    mask = report.masks["0"]
+    assert patterns.parse_pattern(pattern).fits(mask)
+    assert not bool((model[0].weight != 0)[~mask].any())
+
+
+def test_the_guide_to_a_pattern() -> None:
+    cls, spelling = code("adding_a_pattern.md")
+    names = dict(vars(patterns))
+    exec("from __future__ import annotations\n" + cls, names)
+    body = "\n".join("    " + line for line in spelling.splitlines())
+    exec(f"def parse(pattern):\n{body}", names)
+
+    pattern = names["parse"]("balanced4x8@0.75")
+    assert str(pattern) == "balanced4x8@0.75"
+    mask = pattern.mask(torch.rand(18, 64))
+    blocks = pattern.occupancy(mask)
+    assert blocks.sum(1).tolist() == [2] * 5
+    assert pattern.fits(mask)
+    mask[4] = True
+    problem = pattern.first_violation(mask)
+    assert problem is not None
+    assert problem.startswith("in block row 1: 8 of 8 blocks of 4x8 are kept, at most 2")
