@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from sparsekit.gate import dense_paths
 
 Call = Callable[[], Tensor]
 
@@ -32,16 +33,12 @@ class Baseline:
     build: Callable[[Tensor, Tensor, Tensor], Call]
 
 
-def _torch_dense(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
-    return lambda: functional.linear(x, weight, bias)
-
-
-def _onednn(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
-    """oneDNN with its own weight layout: what a frozen, compiled torch graph calls."""
-    if not torch.backends.mkldnn.is_available():
-        raise Unavailable("this torch was built without oneDNN")
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _torch_path(name: str, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+    """The paths `convert` measures against."""
+    paths = dense_paths(weight, bias, None, x)
+    if name not in paths:
+        raise Unavailable(f"this torch has no {name} for {weight.dtype} on this CPU")
+    return paths[name]
 
 
 def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
@@ -100,8 +97,8 @@ def _torch_sparse(
 
 
 BASELINES = (
-    Baseline("torch", True, _torch_dense),
-    Baseline("onednn", True, _onednn),
+    Baseline("torch", True, partial(_torch_path, "torch")),
+    Baseline("oneDNN", True, partial(_torch_path, "oneDNN")),
     Baseline("onnxruntime", True, _onnxruntime),
     Baseline("torch-csr", False, partial(_torch_sparse, Tensor.to_sparse_csr)),
     Baseline(

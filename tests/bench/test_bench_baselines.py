@@ -18,7 +18,7 @@ def test_every_baseline_computes_the_same_product(baseline: Baseline, m: int) ->
     assert torch.equal(y, x @ weight.t() + bias)
 
 
-@pytest.mark.parametrize("name", ["torch", "onednn"])
+@pytest.mark.parametrize("name", ["torch", "oneDNN"])
 def test_dense_baselines_run_bfloat16(name: str) -> None:
     weight = torch.randint(-2, 3, (16, 16)).bfloat16()
     x = torch.randint(-2, 3, (3, 16)).bfloat16()
