@@ -14,15 +14,19 @@ from sparsekit.prune.api import prune
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
+from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
 
 __all__ = [
+    "LOSSES",
     "METHODS",
     "RECONSTRUCTIONS",
+    "DistillReport",
     "HeldMasks",
     "Method",
     "PruneReport",
     "PrunedLayer",
+    "distill",
     "hold_masks",
     "prune",
 ]
