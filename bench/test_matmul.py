@@ -29,6 +29,7 @@ def test_matmul(case: Case, benchmark: BenchmarkFixture, request: pytest.Fixture
             setup=before_each_round,
             rounds=rounds_within(option.seconds, 2 * once),
         )
+    assert benchmark.stats is not None, "run it with --benchmark-only"
     rivals.seconds["ours"] = list(benchmark.stats.stats.data)
     medians = rivals.medians()
     fastest = min(prepared.dense, key=lambda name: medians[name])

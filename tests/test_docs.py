@@ -20,15 +20,10 @@ def code(page: str) -> list[str]:
 @pytest.mark.parametrize("pattern", ["2:4", "2:4v4", "bsr16x16@0.5"])
 def test_the_guide_to_a_pruning_method(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     score, line = code("adding_a_pruning_method.md")
-    names = {
-        **vars(scores),
-        "torch": torch,
-        "scores": type("scores", (), {}),
-        "Method": methods.Method,
-    }
+    names = {**vars(scores), "torch": torch}
     exec("from __future__ import annotations\n" + score, names)
-    names["scores"].relative_importance = staticmethod(names["relative_importance"])
-    (entry,) = eval("{" + line + "}", names).items()
+    written = SimpleNamespace(relative_importance=names["relative_importance"])
+    (entry,) = eval("{" + line + "}", {"scores": written, "Method": methods.Method}).items()
     monkeypatch.setitem(methods.METHODS, *entry)
 
     model = torch.nn.Sequential(torch.nn.Linear(32, 64))
