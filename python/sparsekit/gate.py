@@ -1,0 +1,312 @@
+"""Never slower than dense: measure both on this machine, keep the verdict.
+
+The dense side is the fastest of torch's own linear and oneDNN with its private weight layout (what
+a frozen, compiled torch graph calls), each with bias and activation. Dense and sparse are timed in
+turns on random inputs, so that a change of clock or a busy neighbour hits both alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsekit import _native
+from sparsekit.functional import linear
+from sparsekit.pack import PackedWeight
+
+MIN_SPEEDUP = 1.05
+"""A sparse layer is kept from this ratio on: below it, the gain is within the timing's noise."""
+
+_BUDGET_S = 0.25
+_MIN_PAIRS, _MAX_PAIRS = 7, 101
+_DENSE_TRIALS = 5
+# Only a gross fault is looked for here (a wrong kernel); the tests hold the exact rule.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+_ONEDNN_ACTIVATION: dict[str | None, tuple[str, str]] = {
+    None: ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+}
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Dense against sparse for one layer shape.
+
+    Attributes:
+        dense_ms: median time of the fastest dense path, in milliseconds.
+        sparse_ms: median time of the sparse kernel, in milliseconds.
+        speedup: median over the pairs of dense time / sparse time.
+        dense_path: which dense path was the fastest.
+        kernel: the sparse kernel that ran.
+        fault: "" or what is wrong with the sparse result.
+    """
+
+    dense_ms: float
+    sparse_ms: float
+    speedup: float
+    dense_path: str
+    kernel: str
+    fault: str = ""
+
+    @property
+    def wins(self) -> bool:
+        """Whether sparse is correct and at least `MIN_SPEEDUP` times as fast."""
+        return not self.fault and self.speedup >= MIN_SPEEDUP
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    """The activation of an epilogue, by its name, with torch's own functions."""
+    if activation is None:
+        return y
+    if activation == "relu":
+        return functional.relu(y)
+    if activation == "silu":
+        return functional.silu(y)
+    return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def dense_paths(
+    weight: Tensor, bias: Tensor | None, activation: str | None, x: Tensor
+) -> dict[str, Call]:
+    """The dense ways to compute a layer that this torch has, ready to be called.
+
+    Args:
+        weight: `[n, k]`.
+        bias: `[n]` or None.
+        activation: as in `sparsekit.linear`.
+        x: `[m, k]`, m >= 1.
+    """
+    paths: dict[str, Call] = {
+        "torch": lambda: activate(functional.linear(x, weight, bias), activation)
+    }
+    try:
+        ops = torch.ops.mkldnn
+        packed = ops._reorder_linear_weight(weight, x.shape[0])
+        attribute, algorithm = _ONEDNN_ACTIVATION[activation]
+        call: Call = lambda: ops._linear_pointwise(  # noqa: E731
+            x, packed, bias, attribute, [], algorithm
+        )
+        call()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return paths  # a torch without oneDNN, or oneDNN without this dtype on this CPU
+    paths["oneDNN"] = call
+    return paths
+
+
+@torch.inference_mode()
+def measure(
+    packed: PackedWeight, m: int, bias: Tensor | None = None, activation: str | None = None
+) -> Verdict:
+    """Time dense against sparse on random activations.
+
+    Before each timed call runs a parallel torch operation, as it does inside a model, where the
+    thread pools of torch and of this package take turns.
+
+    Args:
+        packed: the weight.
+        m: rows of x, at least 1.
+        bias: `[n]` or None.
+        activation: as in `sparsekit.linear`.
+
+    Raises:
+        NotImplementedError: no sparse kernel can run here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(m, packed.shape[1], generator=generator).to(packed.dtype)
+    other = torch.randn(1 << 16, generator=generator)
+    dense = dense_paths(packed.to_dense(), bias, activation, x)
+    sparse: Call = lambda: linear(x, packed, bias, activation)  # noqa: E731
+
+    def seconds(call: Call) -> float:
+        other.mul(1.0)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    fault = _fault(sparse(), dense["torch"]())
+    trials = {
+        name: median([seconds(call) for _ in range(_DENSE_TRIALS)]) for name, call in dense.items()
+    }
+    path = min(trials, key=trials.__getitem__)
+    pairs: list[tuple[float, float]] = []
+    spent = 0.0
+    while len(pairs) < _MIN_PAIRS or (spent < _BUDGET_S and len(pairs) < _MAX_PAIRS):
+        if len(pairs) % 2:
+            ours, theirs = seconds(sparse), seconds(dense[path])
+        else:
+            theirs, ours = seconds(dense[path]), seconds(sparse)
+        pairs.append((theirs, ours))
+        spent += theirs + ours
+    return Verdict(
+        dense_ms=median(theirs for theirs, _ in pairs) * 1e3,
+        sparse_ms=median(ours for _, ours in pairs) * 1e3,
+        speedup=median(theirs / ours for theirs, ours in pairs),
+        dense_path=path,
+        kernel=kernel_for(packed, m),
+        fault=fault,
+    )
+
+
+def kernel_for(packed: PackedWeight, m: int) -> str:
+    """Name of the kernel that runs `m` rows on a packed weight; "" when none can."""
+    candidates = _native.explain(packed.format, packed.pattern, packed.dtype, *packed.shape, m)
+    return next((candidate.kernel for candidate in candidates if candidate.chosen), "")
+
+
+def _fault(ours: Tensor, theirs: Tensor) -> str:
+    error = (ours.float() - theirs.float()).abs().max()
+    scale = theirs.float().abs().max()
+    if bool(error <= _TOLERANCE[ours.dtype] * scale):
+        return ""
+    return f"the sparse result differs from dense by {error.item():.3g} of {scale.item():.3g}"
+
+
+class VerdictCache:
+    """Verdicts per machine, library version, thread count and layer shape, kept in a JSON file.
+
+    A file that cannot be read or written costs a warning (once) and nothing else: the verdicts
+    are then measured again in the next process.
+
+    Args:
+        path: the file; None for `verdicts.json` in `$XDG_CACHE_HOME/sparsekit` (by default
+            `~/.cache/sparsekit`).
+    """
+
+    _VERSION = 1
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = Path(path) if path is not None else _default_path()
+        self._machine = machine_fingerprint()
+        self._known = self._read().get(self._machine, {})
+
+    def judge(
+        self,
+        packed: PackedWeight,
+        m: int,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Verdict:
+        """The remembered verdict, or a new measurement (see `measure`)."""
+        problem = self._problem(packed, m, bias, activation)
+        known = self._known.get(problem)
+        if known is not None:
+            return known
+        verdict = measure(packed, m, bias, activation)
+        if not verdict.fault:  # a fault has to be looked at again, not believed for ever
+            self._known[problem] = verdict
+            self._write()
+        return verdict
+
+    @staticmethod
+    def _problem(packed: PackedWeight, m: int, bias: Tensor | None, activation: str | None) -> str:
+        n, k = packed.shape
+        parts = [
+            f"m={m} n={n} k={k}",
+            f"{packed.pattern} {packed.format} {str(packed.dtype).removeprefix('torch.')}",
+            f"bias={bias is not None} activation={activation}",
+            f"threads={torch.get_num_threads()}",
+        ]
+        return " ".join(parts)
+
+    def _read(self) -> dict[str, dict[str, Verdict]]:
+        try:
+            content = json.loads(self.path.read_text())
+            if content["version"] != self._VERSION:
+                return {}
+            return {
+                machine: {problem: _verdict(entry) for problem, entry in entries.items()}
+                for machine, entries in content["machines"].items()
+            }
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            _warn_once(f"the verdict cache {self.path} cannot be read ({error.strerror})")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            _warn_once(f"the verdict cache {self.path} is damaged and will be written anew")
+        return {}
+
+    def _write(self) -> None:
+        # Other processes may have added verdicts since; theirs are kept.
+        machines = self._read()
+        self._known = {**machines.get(self._machine, {}), **self._known}
+        machines[self._machine] = self._known
+        content = {
+            "version": self._VERSION,
+            "machines": {
+                machine: {problem: asdict(verdict) for problem, verdict in entries.items()}
+                for machine, entries in machines.items()
+            },
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _replace_text(self.path, json.dumps(content, indent=1))
+        except OSError as error:
+            _warn_once(
+                f"the verdict cache {self.path} cannot be written ({error.strerror}); layers are "
+                "measured again in every process. Set XDG_CACHE_HOME to a writable folder."
+            )
+
+
+def machine_fingerprint() -> str:
+    """What a verdict depends on beside the layer: CPU, instruction set, versions, kernel forced."""
+    cpu = _native.cpu_info()
+    parts = [
+        str(cpu["model"]).strip(),
+        str(cpu["isa"]),
+        f"{cpu['cores']} cores",
+        f"torch {torch.__version__}",
+        f"sparsekit {_native.build_info()['version']}",
+    ]
+    forced = os.environ.get("SPARSEKIT_KERNEL")
+    return ", ".join([*parts, f"kernel {forced}"] if forced else parts)
+
+
+def _default_path() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(base) if base else Path(os.path.expanduser("~")) / ".cache"
+    return folder / "sparsekit" / "verdicts.json"
+
+
+def _verdict(entry: dict[str, Any]) -> Verdict:
+    verdict = Verdict(**{field.name: entry[field.name] for field in fields(Verdict)})
+    if not all(isinstance(getattr(verdict, name), float) for name in _NUMBERS):
+        raise ValueError("a verdict's figures are no numbers")
+    return verdict
+
+
+_NUMBERS = ("dense_ms", "sparse_ms", "speedup")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
