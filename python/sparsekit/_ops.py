@@ -90,7 +90,8 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, packed, bias = ctx.saved_tensors
     # Arguments left at their default at the end of the call are not listed.
-    need_x, _, _, need_bias, _, need_residual, *_ = (*ctx.needs_input_grad, *(False,) * 7)
+    needs: tuple[bool, ...] = ctx.needs_input_grad
+    need_x, _, _, need_bias, _, need_residual, *_ = needs + (False,) * 7
     grad_residual = grad if need_residual else None
     if (need_x or need_bias) and ctx.activation is not None:
         argument = torch.ops.sparsekit.linear(x, packed, ctx.n, bias, None, None, ctx.kernel_id)

@@ -63,9 +63,7 @@ class PackedWeight:
         if target not in TARGETS:
             raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
         format = _native.default_format(canonical.pattern, canonical.dtype, target)
-        meta = PackedMeta(
-            format, canonical.pattern, canonical.dtype, tuple(canonical.shape), target
-        )
+        meta = PackedMeta(format, canonical.pattern, canonical.dtype, canonical.shape, target)
         data = _native.pack(canonical, format)
         if data.untyped_storage().nbytes() != data.numel():
             # A tensor that is its whole storage: savers would otherwise see a cut-out.

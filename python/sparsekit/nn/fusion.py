@@ -46,7 +46,7 @@ def activation_name(module: nn.Module) -> str | None:
     if kind is nn.SiLU:
         return "silu"
     if kind is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(module.approximate))
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name == "transformers.activations.SiLUActivation":
         return "silu"
@@ -127,10 +127,8 @@ def _graph(parent: nn.Module, training: bool) -> fx.Graph | None:
     try:
         parent.training = training
         return _ParentTracer().trace(parent)
-    except (
-        Exception
-    ):  # tracing runs foreign code, which may fail in any way: then there is no proof
-        return None
+    except Exception:
+        return None  # tracing runs foreign code, which may fail in any way: there is no proof then
     finally:
         parent.__dict__.clear()
         parent.__dict__.update(attributes)
