@@ -101,7 +101,7 @@ format: $(VENV)/.extra-lint
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 docs: $(VENV)/.extra-docs
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 # ---- shipping it ----------------------------------------------------------------------------------
 
