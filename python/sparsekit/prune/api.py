@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
-from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Layer, read_batches
+from sparsekit.prune.calibration import CACHE_BYTES, Batch, Calibration, Layer, read_batches
 from sparsekit.prune.methods import METHODS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
@@ -87,7 +87,7 @@ def prune(
     done: list[PrunedLayer] = []
     masks: dict[str, Tensor] = {}
 
-    def apply(layer: Layer, moment: Tensor | None) -> None:
+    def prune_layer(layer: Layer, moment: Tensor | None) -> None:
         wanted = chosen[layer.name][1]
         weight = layer.weight
         before = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -103,11 +103,20 @@ def prune(
         lost = None if moment is None else relative_error(before, weight.to(before.dtype), moment)
         done.append(_describe(layer.name, weight, wanted, lost))
 
-    with tqdm(total=len(chosen), desc=f"prune ({method})", disable=not progress) as bar:
-        for layer, moment in _in_order(model, chosen, batches, dense, cache_bytes):
-            bar.set_postfix_str(layer.name, refresh=False)
-            apply(layer, moment)
-            bar.update()
+    layers = [layer for layer, _ in chosen.values()]
+    with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
+
+        def apply(group: Iterable[Layer], moment: Tensor | None) -> None:
+            for layer in group:
+                bar.set_postfix_str(layer.name, refresh=False)
+                prune_layer(layer, moment)
+                bar.update()
+
+        if batches is None:
+            apply(layers, None)
+        else:
+            for layer in _calibrated(model, batches, layers, cache_bytes, apply):
+                dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
     done += [
         _describe(layer_name, module.weight, None, None, reason)
         for layer_name, (module, reason) in dense.items()
@@ -115,26 +124,20 @@ def prune(
     return PruneReport(method, name, tuple(done), masks, time.perf_counter() - started)
 
 
-def _in_order(
+def _calibrated(
     model: nn.Module,
-    chosen: dict[str, tuple[Layer, Pattern]],
-    batches: Sequence[Any] | None,
-    dense: dict[str, tuple[nn.Linear, str]],
+    batches: Sequence[Batch],
+    layers: Sequence[Layer],
     cache_bytes: int,
-) -> Iterator[tuple[Layer, Tensor | None]]:
-    """Layers with the second moment of their inputs, each group after the one before is pruned."""
-    layers = [layer for layer, _ in chosen.values()]
-    if batches is None:
-        yield from ((layer, None) for layer in layers)
-        return
+    apply: Callable[[Iterable[Layer], Tensor], None],
+) -> list[Layer]:
+    """Apply to each group once the groups before it are done; returns the unreached layers."""
     with Calibration(model, batches, layers, cache_bytes) as calibration:
-        for layer in calibration.unreached:
-            dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
         for group in calibration.groups:
-            moment = calibration.moment(group)
-            for layer in group.layers:
-                yield layer, moment
+            # Passed on without a name here: the next one is made when this one is gone.
+            apply(group.layers, calibration.moment(group))
             calibration.done(group)
+        return calibration.unreached
 
 
 def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
@@ -69,10 +69,7 @@ class PruneReport:
         }
 
     def __rich__(self) -> RenderableType:
-        table = Table(
-            title=f"{self.method}, reconstruction {self.reconstruction}: "
-            f"{len(self.masks)} layers pruned, {self.sparsity:.1%} zeros, {self.seconds:.1f} s"
-        )
+        table = Table()
         for heading in ("layer", "shape", "pattern"):
             table.add_column(heading, overflow="fold")
         table.add_column("zeros", justify="right")
@@ -87,7 +84,11 @@ class PruneReport:
                 "" if layer.error is None else f"{layer.error:.4f}",
                 layer.reason,
             )
-        return table
+        summary = (
+            f"{self.method}, reconstruction {self.reconstruction}: {len(self.masks)} layers "
+            f"pruned, {self.sparsity:.1%} zeros, {self.seconds:.1f} s"
+        )
+        return Group(summary, table)
 
     def __str__(self) -> str:
         buffer = io.StringIO()
