@@ -1,9 +1,12 @@
 // Errors: thrown inside the library, turned into a status and a message at the C interface.
+//
+// Files compiled for one instruction set throw too. What they call is out of line in error.cc or local to
+// the file: an inline function that the linker merges might be kept in their version (see cmake/isa.cmake).
 #pragma once
+#include <cstdint>
 #include <exception>
-#include <sstream>
 #include <string>
-#include <utility>
+#include <type_traits>
 
 #include "sparsekit/sparsekit.h"
 
@@ -11,25 +14,46 @@ namespace sk {
 
 class Error : public std::exception {
  public:
-  Error(sk_status status, std::string message) : status_(status), message_(std::move(message)) {}
-  const char* what() const noexcept override { return message_.c_str(); }
-  sk_status status() const noexcept { return status_; }
+  Error(sk_status status, std::string message);
+  ~Error() override;
+  const char* what() const noexcept override;
+  sk_status status() const noexcept;
 
  private:
   sk_status status_;
   std::string message_;
 };
 
-template <class... Parts>
-std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+void append(std::string& text, const char* part);
+void append(std::string& text, const std::string& part);
+void append_integer(std::string& text, int64_t part);
+void append_real(std::string& text, double part);
+
+namespace {
+
+template <class Part>
+void append_part(std::string& text, const Part& part) {
+  if constexpr (std::is_integral_v<Part> || std::is_enum_v<Part>) {
+    append_integer(text, int64_t(part));
+  } else if constexpr (std::is_floating_point_v<Part>) {
+    append_real(text, double(part));
+  } else {
+    append(text, part);
+  }
 }
 
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::string text;
+  (append_part(text, parts), ...);
+  return text;
+}
+
+}  // namespace
+
 // Throws unless `condition`; the parts of the message are only formatted on failure.
-#define SK_CHECK(condition, status, ...) \
-  do {                                   \
+#define SK_CHECK(condition, status, ...)                                    \
+  do {                                                                      \
     if (!(condition)) throw ::sk::Error(status, ::sk::concat(__VA_ARGS__)); \
   } while (false)
 
