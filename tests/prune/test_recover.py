@@ -1,0 +1,241 @@
+"""Distillation from the dense model, with the zeros held."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekit.prune import LOSSES, distill, prune
+from sparsekit.prune.recover import cosine, kl_divergence, relative_mse
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.head = nn.Linear(16, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, attention_mask=None):
+        for layer in self.body:
+            x = torch.tanh(layer(x))
+        return (self.head(self.dropout(x)),)
+
+
+def batches_of(count=4):
+    make = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 5, 16, generator=make) for _ in range(count)]
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    teacher = Net()
+    student = copy.deepcopy(teacher)
+    masks = prune(student, "2:4", targets="body.*", progress=False).masks
+    return student, teacher, masks
+
+
+def distance(student, teacher):
+    student.eval(), teacher.eval()
+    with torch.no_grad():
+        return sum(float((student(x)[0] - teacher(x)[0]).norm()) for x in batches_of(8)[4:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden": "body.*"},
+        {"hidden": ["body.0", "re:body\\.[12]"], "output_weight": 0.0},
+        {"output_loss": "cosine", "hidden": "body.*"},
+        {"output_loss": lambda s, t: (s - t).abs().mean()},
+        {"autocast": torch.bfloat16, "hidden": "body.*"},
+        {"autocast": "auto"},
+        {"optimizer": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "lr": 0.1},
+        {"max_seconds": 60.0},
+        {"train": "*"},
+    ],
+    ids=str,
+)
+def test_the_student_comes_closer_and_its_zeros_stay(pair, options):
+    student, teacher, masks = pair
+    frozen = {n: p.clone() for n, p in student.named_parameters() if "body" not in n}
+    before = distance(student, teacher)
+    target = copy.deepcopy(teacher.state_dict())
+    arguments = {"steps": 60, "lr": 3e-3, "progress": False} | options
+    report = distill(student, teacher, iter(batches_of()), masks, **arguments)
+    assert report.steps == 60
+    assert report.stopped == "steps"
+    assert distance(student, teacher) < 0.8 * before
+    for name, mask in masks.items():
+        assert bool((student.get_submodule(name).weight[~mask] == 0).all())
+    assert all(torch.equal(value, target[name]) for name, value in teacher.state_dict().items())
+    if "train" not in options:  # Only the pruned layers learn.
+        named = dict(student.named_parameters())
+        assert all(torch.equal(named[name], value) for name, value in frozen.items())
+
+
+def test_the_models_come_back_as_they_were(pair):
+    student, teacher, masks = pair
+    student.train(), teacher.train()
+    student.head.bias.requires_grad_(False)
+    distill(student, teacher, batches_of(), masks, hidden="body.*", progress=False)
+    for model in pair[:2]:
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_hooks for module in model.modules())
+    assert {n for n, p in student.named_parameters() if not p.requires_grad} == {"head.bias"}
+    assert all(p.grad is None and not p._backward_hooks for p in student.parameters())
+
+
+def test_padding_does_not_count(pair):
+    student, teacher, masks = pair
+    mask = torch.ones(8, 5, dtype=torch.int64)
+    mask[:, 3:] = 0
+    weights = []
+    for filler in (0.0, 100.0):
+        copied = copy.deepcopy(student)
+        batch = {"x": batches_of(1)[0].clone(), "attention_mask": mask}
+        batch["x"][:, 3:] = filler
+        distill(copied, teacher, [batch], masks, hidden="body.*", steps=3, progress=False)
+        weights.append(copied.body[1].weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_the_output_reader_gets_the_batch(pair):
+    student, teacher, masks = pair
+    seen = []
+
+    def output(returned, batch):
+        seen.append(batch.kwargs["x"])
+        return returned[0].mean(1)
+
+    batch = {"x": batches_of(1)[0]}
+    distill(student, teacher, [batch], masks, output=output, progress=False)
+    assert len(seen) == 2
+    assert all(x is batch["x"] for x in seen)
+
+
+def test_each_batch_is_used_once_unless_steps_are_given(pair):
+    student, teacher, masks = pair
+    assert distill(student, teacher, batches_of(), masks, progress=False).steps == 4
+    assert distill(student, teacher, batches_of(), masks, steps=9, progress=False).steps == 9
+
+
+def test_the_time_budget_ends_the_run(pair):
+    student, teacher, masks = pair
+    report = distill(
+        student, teacher, batches_of(), masks, steps=10**7, max_seconds=0.3, progress=False
+    )
+    assert report.stopped == "time"
+    assert 0 < report.steps < 10**7
+    assert report.seconds >= 0.3
+    assert "ended by time" in str(report)
+
+
+def test_the_learning_rate_rises_and_falls_to_nearly_zero(pair):
+    student, teacher, masks = pair
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    distill(
+        student,
+        teacher,
+        batches_of(),
+        masks,
+        steps=100,
+        lr=1.0,
+        warmup=0.1,
+        optimizer=lambda p: Spy(p, 1.0),
+        output_weight=1e-6,
+        progress=False,
+    )
+    assert rates[:9] == sorted(rates[:9])
+    assert 0 < rates[0] <= 0.1
+    assert max(rates) == pytest.approx(1.0, abs=0.03)
+    assert 0 < rates[-1] < 0.01
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(pair, tmp_path):
+    student, teacher, masks = pair
+    whole, halves = copy.deepcopy(student), copy.deepcopy(student)
+    expected = distill(whole, teacher, batches_of(), masks, steps=12, progress=False)
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_after_seven(returned, batch, calls=[0]):  # noqa: B006 - counts across calls
+        calls[0] += 1
+        if calls[0] > 14:
+            raise Interrupted
+        return returned[0]
+
+    file = tmp_path / "distill.pt"
+    arguments = {"steps": 12, "progress": False, "checkpoint": file}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsekit.prune.recover.CHECKPOINT_SECONDS", 0.0)
+        with pytest.raises(Interrupted):
+            distill(halves, teacher, batches_of(), masks, output=stop_after_seven, **arguments)
+    resumed = copy.deepcopy(student)  # A new process starts from the pruned model again.
+    report = distill(resumed, teacher, batches_of(), masks, **arguments)
+    assert report.losses == expected.losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+    assert [path.name for path in tmp_path.iterdir()] == ["distill.pt"]
+    with pytest.raises(ValueError, match="of another model or other trained parameters"):
+        distill(resumed, teacher, batches_of(), masks, train="body.0.*", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": []}, "distill: the iterable gave no batches"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"hidden": "trunk.*"}, r"hidden: 'trunk\.\*' matches no layer"),
+        ({"train": "trunk.*"}, r"train: 'trunk\.\*' matches no layer"),
+        ({"output_weight": 0.0}, "nothing to compare"),
+        ({"output_loss": "huber"}, "unknown output_loss 'huber'; known are cosine, kl"),
+        ({"masks": {}}, "nothing to train"),
+        ({"masks": {"body.9": torch.ones(1)}}, r"no layer 'body\.9'"),
+        ({"output": lambda returned, batch: returned[0] / 0}, "loss is nan at step 1"),
+        ({"hidden": "body"}, "hidden module 'body' did not run"),
+    ],
+)
+def test_refusals(pair, arguments, message):
+    student, teacher, masks = pair
+    given = {"batches": batches_of(), "masks": masks, "progress": False} | arguments
+    with pytest.raises(ValueError, match=message):
+        distill(student, teacher, **given)
+
+
+def test_an_output_that_is_no_tensor_is_refused(pair):
+    class Text(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            self.net(x)
+            return "text"
+
+    student, teacher, masks = pair
+    named = {f"net.{name}": mask for name, mask in masks.items()}
+    with pytest.raises(ValueError, match="the model returns a str; pass output="):
+        distill(Text(student), Text(teacher), batches_of(), named, progress=False)
+
+
+def test_losses_are_zero_for_equals_and_known_otherwise():
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    for loss in LOSSES.values():
+        assert float(loss(x, x)) == pytest.approx(0.0, abs=1e-6)
+    assert float(relative_mse(torch.zeros_like(x), x)) == pytest.approx(1.0)
+    assert float(cosine(-x, x)) == pytest.approx(2.0)
+    teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log()
+    # KL((1/2, 1/2) || (3/4, 1/4)) = ln(2 / sqrt 3)
+    expected = torch.tensor(2 / 3**0.5).log()
+    assert float(kl_divergence(student, teacher)) == pytest.approx(float(expected), rel=1e-5)
