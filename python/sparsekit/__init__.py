@@ -4,22 +4,30 @@ from sparsekit import nn
 from sparsekit.convert import ConvertReport, convert
 from sparsekit.dispatch import explain, kernels
 from sparsekit.functional import linear
+from sparsekit.io import FileSummary, inspect, load, save
 from sparsekit.pack import PackedWeight, detect, mask, pack
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
+from sparsekit.prune import PruneReport, prune
 
 __all__ = [
     "NM",
     "BlockSparse",
     "ConvertReport",
+    "FileSummary",
     "PackedWeight",
     "Pattern",
+    "PruneReport",
     "convert",
     "detect",
     "explain",
+    "inspect",
     "kernels",
     "linear",
+    "load",
     "mask",
     "nn",
     "pack",
     "parse_pattern",
+    "prune",
+    "save",
 ]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from sparsekit.dispatch import table
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, kernel_for
-from sparsekit.nn import SparseLinear, fusion
+from sparsekit.nn import FusedActivation, SparseLinear, fusion
 from sparsekit.pack import DTYPES, PackedWeight, detect
 from sparsekit.patterns import (
     Pattern,
@@ -130,7 +130,7 @@ def convert(
         ignore: layers left alone; wins over `targets`.
         fuse: also fuse a ReLU, GELU or SiLU module into the layer before it where the parent's
             graph proves that nothing else reads the layer's output; the activation module becomes
-            `nn.Identity`.
+            an identity (`sparsekit.nn.FusedActivation`).
         progress: show a progress bar.
         cache: file for the verdicts; None for the user's cache folder.
 
@@ -369,7 +369,7 @@ def _convert_layer(
     for parent, attribute in parents[id(dense)]:
         setattr(parent, attribute, sparse)
     if plan:
-        setattr(plan.parent, plan.attribute, nn.Identity())
+        setattr(plan.parent, plan.attribute, FusedActivation(plan.activation))
     return _row(layer, note + judged.reason, judged, activation)
 
 
