@@ -1,7 +1,8 @@
 // Errors: thrown inside the library, turned into a status and a message at the C interface.
 //
-// Files compiled for one instruction set throw too. What they call is out of line in error.cc or local to
-// the file: an inline function that the linker merges might be kept in their version (see cmake/isa.cmake).
+// Files compiled for one instruction set throw too. What they call is out of line in error.cc or
+// local to the file: an inline function that the linker merges might be kept in their version (see
+// cmake/isa.cmake).
 #pragma once
 #include <cstdint>
 #include <exception>
