@@ -1,6 +1,8 @@
 """The guides' code runs as it is printed, and touches no more places than they say."""
 
+import platform
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +15,8 @@ from sparsekit.prune import methods, scores
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def code(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
+def code(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "2:4v4", "bsr16x16@0.5"])
@@ -51,3 +53,13 @@ def test_the_guide_to_a_pattern() -> None:
     problem = pattern.first_violation(mask)
     assert problem is not None
     assert problem.startswith("in block row 1: 8 of 8 blocks of 4x8 are kept, at most 2")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="an AVX2 kernel")
+def test_the_guide_to_a_kernel_compiles(tmp_path: Path) -> None:
+    (source,) = code("adding_a_kernel.md", "cpp")
+    file = tmp_path / "matmul_bsr_avx2.cc"
+    file.write_text(source)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+    include = [f"-I{DOCS.parent / 'csrc'}", f"-I{DOCS.parent / 'csrc' / 'include'}"]
+    subprocess.run(["c++", *flags, *include, "-fsyntax-only", str(file)], check=True)
