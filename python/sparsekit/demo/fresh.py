@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sparsekit as sk
 from sparsekit.demo.encoder import embed, empty, load_tokenizer
+from sparsekit.io import load
 
 
 def compare(model: Path, texts: list[str], expected: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def main(folder: Path, dtype: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)
     encoder = empty(dtype)
     start = time.perf_counter()
-    sk.load(encoder, folder / "model.safetensors")
+    load(encoder, folder / "model.safetensors")
     seconds = time.perf_counter() - start
     texts = json.loads((folder / "texts.json").read_text())
     rows = embed(encoder, load_tokenizer(), texts, label="embedding in a fresh process")

@@ -111,7 +111,7 @@ def measure(
         batch: Sequences.
         tokens: Tokens in each.
         vocabulary: Token ids stay below it.
-        rounds: Timed calls of each engine.
+        rounds: Timed calls of each engine, at least 2.
         progress: Whether to show progress bars.
 
     Returns:

@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(15, 10), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(report), fontsize=14)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.25, 1))[0]
     latencies = list(report["latency"].values())
     axes = left.subplots(len(latencies) + 1, 1, height_ratios=[1.0] * len(latencies) + [0.6])
     for row, latency in zip(axes, latencies, strict=False):

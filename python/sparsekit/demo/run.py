@@ -21,10 +21,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-import sparsekit as sk
 from sparsekit import _native
+from sparsekit.convert import convert
 from sparsekit.demo import corpus, encoder, evaluate, fresh, latency, picture
 from sparsekit.demo import report as pages
+from sparsekit.io import save
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import METHODS, DistillReport, PruneReport, distill, prune
 
@@ -133,7 +134,7 @@ class _Demo:
             self.quality["converted"] = evaluate.quality(embeddings, self.expected)
         path = self.folder / "model.safetensors"
         with self._stage("saving, and loading in a fresh process"):
-            sk.save(student, path)
+            save(student, path)
             pairs = [pair.query for pair in texts.test] + [pair.document for pair in texts.test]
             rows = torch.cat([embeddings.queries, embeddings.documents])
             loaded = fresh.compare(path, pairs, rows, self.dtype)
@@ -231,7 +232,7 @@ class _Demo:
         }
         # A cache of its own: the report shows what was measured now, on this machine.
         with self._stage("converting"), tempfile.TemporaryDirectory() as cache:
-            converted = sk.convert(
+            converted = convert(
                 student,
                 self.pattern,
                 example_inputs=example,

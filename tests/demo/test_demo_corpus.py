@@ -38,9 +38,7 @@ def test_collecting_again_gives_the_same(docstrings: list[Docstring], parts: Cor
     assert split(docstrings).digest() == parts.digest()
 
 
-def test_the_split_does_not_depend_on_the_order(
-    docstrings: list[Docstring], parts: Corpus
-) -> None:
+def test_the_split_does_not_depend_on_the_order(docstrings: list[Docstring], parts: Corpus) -> None:
     shuffled = list(docstrings)
     random.Random(1).shuffle(shuffled)
     assert split(shuffled) == parts
