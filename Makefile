@@ -107,7 +107,7 @@ docs: $(VENV)/.extra-docs
 
 wheel: $(VENV)/.tools
 	rm -rf dist
-	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
 	rm -rf build dist docs/_build

@@ -31,7 +31,7 @@ class Goal:
 def _larger_than_cache() -> Shape:
     """A layer whose compressed float32 2:4 weight does not fit into the last-level cache."""
     k = 4096
-    bytes_per_row = k * 4 * 0.5625  # half the values, and two bits for each
+    bytes_per_row = k * 4 * 0.53125  # half the values, and two bits for each
     rows = int(1.25 * _native.cpu_info()["l3_bytes"] / bytes_per_row)
     n = max(14336, -(-rows // 1024) * 1024)
     return Shape("reference", "larger-than-cache", n, k, (1,))
