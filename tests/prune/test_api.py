@@ -2,14 +2,14 @@
 
 import copy
 import json
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-import sparsekit
-import sparsekit.prune
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import METHODS, RECONSTRUCTIONS, prune
 from sparsekit.prune.calibration import Calibration
@@ -106,8 +106,12 @@ def test_one_second_moment_is_alive_at_a_time(monkeypatch):
     assert most == [0, 0]
 
 
-def test_the_package_itself_can_be_called():
-    assert sparsekit.prune(small(), "2:4", progress=False).masks.keys() == {"0", "2"}
+@pytest.mark.parametrize(
+    "first", ["import sparsekit", "import sparsekit.prune", "import sparsekit.prune.api"]
+)
+def test_the_name_is_the_function_whatever_is_imported_first(first):
+    code = f"{first}; import sparsekit.prune; from sparsekit.prune import distill, prune\n"
+    subprocess.run([sys.executable, "-c", code + "assert sparsekit.prune is prune"], check=True)
 
 
 def test_low_precision_weights_keep_their_dtype():
@@ -238,6 +242,15 @@ def test_parametrised_layers_stay_dense():
     model = small()
     nn.utils.parametrizations.weight_norm(model[0])
     assert "parametrised" in reasons_of(model)["0"]
+
+
+def test_masked_and_quantised_layers_stay_dense():
+    model = small()
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    assert "computed from other parameters" in reasons_of(model)["0"]
+    model = small()
+    model[0].weight = nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), requires_grad=False)
+    assert "quantised already (Tensor, torch.int8)" in reasons_of(model)["0"]
 
 
 def test_layers_no_batch_runs_stay_dense():

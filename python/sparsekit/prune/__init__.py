@@ -1,14 +1,10 @@
 """Pruning: score → mask → reconstruction → recovery, each an independent choice.
 
-`sparsekit.prune` is this package and can be called: `sparsekit.prune(model, "2:4")` is
-`sparsekit.prune.prune(model, "2:4")`.
+The attribute `sparsekit.prune` is the function, bound in `sparsekit/__init__.py` after this package;
+everything else here is reached by `from sparsekit.prune import ...`.
 """
 
 from __future__ import annotations
-
-import sys
-import types
-from typing import Any
 
 from sparsekit.prune.api import prune
 from sparsekit.prune.masks import HeldMasks, hold_masks
@@ -30,13 +26,3 @@ __all__ = [
     "hold_masks",
     "prune",
 ]
-
-
-class _CallablePackage(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> PruneReport:
-        return prune(*args, **kwargs)
-
-
-# Importing a submodule binds `sparsekit.prune` to this package, so the package itself must be
-# callable for `sk.prune(...)` to work whatever was imported before.
-sys.modules[__name__].__class__ = _CallablePackage

@@ -90,8 +90,9 @@ def _stays_dense(module: nn.Linear, readers: Mapping[Tensor | nn.Module, str]) -
         return readers[module]
     if parametrize.is_parametrized(module):
         return "its weight is parametrised: remove the parametrisation first"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is no plain parameter (already quantised or replaced)"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}, not floating point"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters: make it permanent first"
+    if type(weight.data) is not Tensor or not weight.is_floating_point():
+        return f"it is quantised already ({type(weight.data).__name__}, {weight.dtype})"
     return readers.get(module.weight)
