@@ -128,7 +128,7 @@ def markdown(run: Run, plot: str | None = None) -> str:
         "",
         f"torch {run.torch}. Milliseconds are medians of interleaved rounds; GFLOP/s count the "
         "dense operations. `speedup` is the fastest dense path's time over ours in the same "
-        "round, median of the rounds. Every result was checked against float64 before it was "
+        "round, median of the rounds. Our results were checked against float64 before they were "
         "timed.",
         "",
         f"{len(chosen)} cases: {len(chosen) - lost} faster than the fastest dense path, "
