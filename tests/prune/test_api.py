@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import METHODS, RECONSTRUCTIONS, prune
@@ -109,9 +110,15 @@ def test_one_second_moment_is_alive_at_a_time(monkeypatch):
 @pytest.mark.parametrize(
     "first", ["import sparsekit", "import sparsekit.prune", "import sparsekit.prune.api"]
 )
-def test_the_name_is_the_function_whatever_is_imported_first(first):
-    code = f"{first}; import sparsekit.prune; from sparsekit.prune import distill, prune\n"
-    subprocess.run([sys.executable, "-c", code + "assert sparsekit.prune is prune"], check=True)
+def test_the_package_is_callable_whatever_is_imported_first(first):
+    code = (
+        f"import {first}, inspect; import sparsekit.prune as package;"
+        "import sparsekit; assert sparsekit.prune is package;"
+        "assert inspect.signature(sparsekit.prune) == inspect.signature(package.prune);"
+        "import torch; model = torch.nn.Sequential(torch.nn.Linear(8, 8));"
+        "assert list(sparsekit.prune(model, '2:4', progress=False).masks) == ['0']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_low_precision_weights_keep_their_dtype():
@@ -246,7 +253,7 @@ def test_parametrised_layers_stay_dense():
 
 def test_masked_and_quantised_layers_stay_dense():
     model = small()
-    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    l1_unstructured(model[0], "weight", 0.5)
     assert "computed from other parameters" in reasons_of(model)["0"]
     model = small()
     model[0].weight = nn.Parameter(torch.zeros(40, 24, dtype=torch.int8), requires_grad=False)

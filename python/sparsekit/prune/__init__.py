@@ -1,10 +1,13 @@
 """Pruning: score → mask → reconstruction → recovery, each an independent choice.
 
-The attribute `sparsekit.prune` is the function, bound in `sparsekit/__init__.py` after this package;
-everything else here is reached by `from sparsekit.prune import ...`.
+`sparsekit.prune` is this package and can be called: `sparsekit.prune(model, "2:4")` is
+`sparsekit.prune.prune(model, "2:4")`.
 """
 
 from __future__ import annotations
+
+import sys
+import types
 
 from sparsekit.prune.api import prune
 from sparsekit.prune.masks import HeldMasks, hold_masks
@@ -26,3 +29,12 @@ __all__ = [
     "hold_masks",
     "prune",
 ]
+
+
+class _CallablePackage(types.ModuleType):
+    __call__ = staticmethod(prune)
+
+
+# Importing a submodule binds `sparsekit.prune` to this package, so the package itself must be
+# callable for `sk.prune(...)` to work whatever was imported before.
+sys.modules[__name__].__class__ = _CallablePackage
