@@ -135,8 +135,8 @@ Geometry geometry(const sk_pattern& p, int dtype, int64_t n, int64_t k) {
     SK_REQUIRE(p.group == 2 || p.group == 4 || p.group == 8 || p.group == 16,
                "N:M pattern: expected M in 2, 4, 8, 16, got ", p.group);
     SK_REQUIRE(p.kept >= 1 && p.kept < p.group, "N:M pattern: expected 1 <= N < M, got ", p.kept, ":", p.group);
-    SK_REQUIRE(p.vector == 1 || p.vector == 2 || p.vector == 4 || p.vector == 8 || p.vector == 16,
-               "N:M pattern: expected a vector of 1, 2, 4, 8 or 16 rows, got ", p.vector);
+    SK_REQUIRE(p.vector == 1 || p.vector == 4 || p.vector == 8 || p.vector == 16,
+               "N:M pattern: expected a vector of 1, 4, 8 or 16 rows, got ", p.vector);
     g.groups = ceil_div(k, p.group);
     g.slots = g.groups * p.kept;
     g.index_bits = p.group <= 4 ? 2 : 4;

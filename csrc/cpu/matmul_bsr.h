@@ -1,0 +1,238 @@
+// Block-sparse matmul for CPUs, written once for every instruction set (S) and way to multiply (Op).
+//
+// Many tokens (tiles.h): the rows of a panel share their columns, so each load of x serves up to eight
+// rows. Few tokens (decode, m <= 8, panels of 16 rows): rows in the lanes, one broadcast of x a step.
+#pragma once
+#include <array>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu/matmul_nm.h"
+#include "layout/bsr_rows.h"
+
+namespace sk {
+namespace {
+
+// How one step of a block multiplies. A step is one column, or a pair of them where the CPU's dot
+// product takes two. `values` is the panel's block, [step][panel_rows].
+template <class S>
+struct FmaF32 {
+  using Isa = S;
+  using Element = float;
+  static constexpr int kColumns = 1;
+  static constexpr int kFloatsX2 = 2;
+  static typename S::V weight(const float* values, int64_t step, int64_t panel_rows, int row, bool) {
+    return S::set1(values[step * panel_rows + row]);
+  }
+  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) { return S::fma(w, S::load(x), sum); }
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+    pack_tokens<S, Element>(call, token0, vectors, columns, panel);
+  }
+};
+
+template <class S>
+struct FmaBf16 : FmaF32<S> {  // bf16 weights and activations, multiplied in f32
+  using Element = bf16;
+  static typename S::V weight(const bf16* values, int64_t step, int64_t panel_rows, int row, bool paired) {
+    if (!paired) return S::set1(to_float(values[step * panel_rows + row]));
+    int32_t pair;
+    std::memcpy(&pair, values + ((step >> 1) * panel_rows + row) * 2, 4);
+    return step & 1 ? S::high_bf16(S::set1(pair)) : S::low_bf16(S::set1(pair));
+  }
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+    pack_tokens<S, Element>(call, token0, vectors, columns, panel);
+  }
+};
+
+// acc[r][token] += W[rows of the panel from `row` on][..] x for the given blocks.
+template <class Op, int kRows, int kVectors>
+void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Element* values, int64_t block_steps,
+               int64_t panel_rows, int row, bool paired, const float* x, int64_t column0, float* acc, bool first) {
+  using S = typename Op::Isa;
+  using V = typename S::V;
+  constexpr int L = S::kLanes, kWidth = kVectors * L;
+  V sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = first ? S::zero() : S::load(acc + r * kWidth + i * L);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* from = x + (int64_t(starts[b]) - column0) / Op::kColumns * kWidth;
+    for (int64_t step = 0; step < block_steps; ++step, from += kWidth) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const V w = Op::weight(values, step, panel_rows, row + r, paired);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = Op::mac(w, from + i * L, sum[r][i]);
+      }
+    }
+    values += block_steps * Op::kColumns * panel_rows;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) S::store(acc + r * kWidth + i * L, sum[r][i]);
+  }
+}
+
+// Rows at a time and the widest tile for them: what fills the registers without spilling.
+template <class S>
+constexpr int bsr_rows_at_once(int panel_rows) {
+  return std::min(panel_rows, S::kRegisters == 32 ? 8 : 4);
+}
+template <class S>
+constexpr int bsr_max_vectors(int rows) {
+  return S::kRegisters == 32 ? (rows == 8 ? 3 : rows == 4 ? 6 : 8) : (rows == 4 ? 3 : 6);
+}
+
+template <class Op>
+class BsrTileKernel {
+ public:
+  using S = typename Op::Isa;
+  using T = typename Op::Element;
+
+  explicit BsrTileKernel(const PackedWeight& weight)
+      : h_(*weight.header), crow_(weight.crow()), starts_(weight.indices<uint32_t>()), values_(weight.values<T>()) {}
+
+  TileShape shape() const {
+    const int64_t cols = h_.pattern.block_cols;
+    return {bsr_max_vectors<S>(rows()), ceil_div(h_.n, h_.pattern.block_rows), h_.pattern.block_rows,
+            round_up(round_up(h_.k, cols), 2), cols % Op::kColumns ? cols * Op::kColumns : cols, Op::kFloatsX2,
+            cpu_info().l2_bytes / 2};
+  }
+
+  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+    Op::pack(call, token0, vectors, shape().columns, panel);
+  }
+
+  void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x, int vectors,
+               float* acc) const {
+    const Micro* micro = table()[size_t(vectors - 1)];
+    const int64_t block_rows = h_.pattern.block_rows, cols = h_.pattern.block_cols, panel_rows = h_.panel_rows;
+    const bool paired = bsr_paired(h_);
+    for (int64_t u = unit0; u < unit1; ++u) {
+      const uint32_t *row_begin = starts_ + crow_[u], *row_end = starts_ + crow_[u + 1];
+      const uint32_t* begin = std::lower_bound(row_begin, row_end, uint32_t(column0));
+      const uint32_t* end = std::lower_bound(begin, row_end, uint32_t(column1));
+      const T* values = values_ + crow_[u] * block_rows * cols + (begin - row_begin) * cols * panel_rows;
+      for (int64_t panel = 0; panel < block_rows; panel += panel_rows) {
+        for (int row = 0; row < panel_rows; row += rows()) {
+          micro(begin, end - begin, values, cols / Op::kColumns, panel_rows, row, paired, x, column0, acc,
+                column0 == 0);
+          acc += int64_t(rows()) * vectors * S::kLanes;
+        }
+        values += (row_end - row_begin) * cols * panel_rows;
+      }
+    }
+  }
+
+ private:
+  using Micro = void(const uint32_t*, int64_t, const T*, int64_t, int64_t, int, bool, const float*, int64_t, float*,
+                     bool);
+  using Table = std::array<Micro*, 8>;
+
+  int rows() const { return bsr_rows_at_once<S>(h_.panel_rows); }
+
+  template <int kRows, int... kIndex>
+  static Table make(std::integer_sequence<int, kIndex...>) {
+    return {&bsr_micro<Op, kRows, kIndex + 1>...};
+  }
+  template <int kRows>
+  static Table pick() {
+    return make<kRows>(std::make_integer_sequence<int, bsr_max_vectors<S>(kRows)>{});
+  }
+  Table table() const {
+    switch (rows()) {
+      case 8: return pick<bsr_rows_at_once<S>(8)>();
+      case 4: return pick<4>();
+      case 2: return pick<2>();
+      default: return pick<1>();
+    }
+  }
+
+  const PackedHeader& h_;
+  const int32_t* crow_;
+  const uint32_t* starts_;
+  const T* values_;
+};
+
+template <class Op>
+void run_bsr(const MatmulCall& call) {
+  run_tiles<typename Op::Isa, typename Op::Element>(call, BsrTileKernel<Op>(call.weight));
+}
+
+// ---- few tokens: panels of 16 rows in the lanes ------------------------------------------------------
+
+template <class S, class T, int kTokens>
+void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, int64_t unit0, int64_t unit1) {
+  using V = typename S::V;
+  constexpr int L = S::kLanes;
+  constexpr int kChains = kTokens < 4 ? 2 : 1;
+  const PackedHeader& h = *call.weight.header;
+  const Epilogue<S, T> epilogue(call);
+  const int64_t rows = h.pattern.block_rows, cols = h.pattern.block_cols;
+  const int32_t* crow = call.weight.crow();
+  const uint32_t* starts = call.weight.indices<uint32_t>();
+  for (int64_t u = unit0; u < unit1; ++u) {
+    const T* values = call.weight.values<T>() + crow[u] * rows * cols;
+    const int64_t blocks = crow[u + 1] - crow[u];
+    for (int64_t panel = 0; panel < rows; panel += kRows16, values += blocks * cols * kRows16) {
+      for (int half = 0; half < kRows16 / L; ++half) {
+        const int64_t row0 = u * rows + panel + half * L;
+        const int count = int(std::min<int64_t>(L, call.n - row0));
+        if (count <= 0) break;
+        V sum[kTokens][kChains];
+        for (auto& chains : sum) {
+          for (V& v : chains) v = S::zero();
+        }
+        const T* at = values;
+        for (int64_t b = 0; b < blocks; ++b) {
+          const float* from = x + starts[crow[u] + b];
+          for (int64_t c = 0; c + 1 < cols; c += 2, at += 2 * kRows16) {
+            V even, odd;
+            load_pair<S>(at, half, even, odd);
+            for (int t = 0; t < kTokens; ++t) {
+              sum[t][0] = S::fma(even, S::set1(from[t * x_stride + c]), sum[t][0]);
+              sum[t][kChains - 1] = S::fma(odd, S::set1(from[t * x_stride + c + 1]), sum[t][kChains - 1]);
+            }
+          }
+        }
+        const V bias = epilogue.bias(row0, count);
+        for (int t = 0; t < kTokens; ++t) {
+          epilogue.store(kChains == 1 ? sum[t][0] : S::add(sum[t][0], sum[t][kChains - 1]), bias, t, row0, count);
+        }
+      }
+    }
+  }
+}
+
+template <class S, class T>
+void run_bsr_decode(const MatmulCall& call) {
+  thread_local Scratch memory;
+  const sk_pattern& p = call.weight.header->pattern;
+  const int64_t stride = round_up(round_up(call.k, p.block_cols), 16);
+  const float* x = copy_tokens<S, T>(call, stride, memory);
+  run_decode(call, ceil_div(call.n, p.block_rows),
+             [&](auto tokens, int64_t unit0, int64_t unit1) {
+               bsr_decode_rows<S, T, decltype(tokens)::value>(call, x, stride, unit0, unit1);
+             },
+             std::make_integer_sequence<int, kMaxDecodeTokens>{});
+}
+
+inline std::string any_bsr(const Problem&) { return ""; }
+inline std::string few_tokens_panels(const Problem& p) {
+  if (p.pattern.block_rows % kRows16) {
+    return concat("needs block rows that are a multiple of 16, the blocks are ", p.pattern.block_rows, "x",
+                  p.pattern.block_cols);
+  }
+  if (p.pattern.block_cols % 2) return concat("needs an even number of block columns, there are ", p.pattern.block_cols);
+  return few_tokens(p);
+}
+
+// Rows that share their columns decide how many multiply-adds a cycle the loads allow.
+template <class S>
+double bsr_cost_us(const Problem& p) {
+  const int rows = bsr_rows_at_once<S>(bsr_panel_rows(p.pattern.block_rows));
+  return tile_cost_us<S>(p, rows >= 4 ? 1.7 : rows == 2 ? 1.4 : 1.0);
+}
+
+}  // namespace
+}  // namespace sk

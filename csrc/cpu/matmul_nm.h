@@ -1,0 +1,299 @@
+// N:M matmul for CPUs, written once for every instruction set (S) and element type (T).
+//
+// Many tokens (tiles.h): one weight is broadcast and meets a vector of tokens of the column it kept.
+//   - rows of their own positions go in pairs: 2 x vectors accumulators, one load of x per multiply-add,
+//     which an AVX-512 core with two load ports can just sustain;
+//   - vectors of 4 rows or more share positions: 4 x vectors accumulators, each load of x serves four rows.
+// Few tokens (decode, m <= 8): 16 rows lie in the lanes; the weights stream by once, and a permutation
+// with the stored positions as control fetches each row's activation from its group.
+#pragma once
+#include <array>
+#include <utility>
+
+#include "cpu/tiles.h"
+#include "layout/nm_rows16.h"
+
+namespace sk {
+namespace {
+
+// Weight of (slot, row) of a panel in every lane. `values` points to the panel's block; slot is even there.
+template <class S>
+typename S::V broadcast_weight(const float* values, int64_t slot, int row) {
+  return S::set1(values[slot * kRows16 + row]);
+}
+template <class S>
+typename S::V broadcast_weight(const bf16* values, int64_t slot, int row) {
+  int32_t pair;
+  std::memcpy(&pair, values + ((slot >> 1) * kRows16 + row) * 2, 4);
+  const auto words = S::set1(pair);
+  return slot & 1 ? S::high_bf16(words) : S::low_bf16(words);
+}
+
+// Position in its group of (slot, row).
+template <int kBits>
+int64_t position(const uint64_t* words, int64_t slot, int row) {
+  const int shift = nibble_shift(row);
+  return kBits == 2 ? int64_t(words[slot >> 1] >> (shift + 2 * (slot & 1)) & 3) : int64_t(words[slot] >> shift & 15);
+}
+
+// One k block of `kRows` rows: acc[r][token] += W[row + r][..] x. kKept is N when the compiler may know it
+// (2), else 0. kShared: the rows share their positions.
+template <class S, class T, int kRows, int kVectors, int kKept, int kBits, bool kShared>
+void nm_micro(const uint64_t* words, const T* values, int row, int64_t groups, int kept, int group,
+              const float* x, float* acc, bool first) {
+  using V = typename S::V;
+  constexpr int L = S::kLanes, kWidth = kVectors * L;
+  V sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = first ? S::zero() : S::load(acc + r * kWidth + i * L);
+  }
+  const int n = kKept ? kKept : kept;
+  int64_t slot = 0;
+  for (int64_t g = 0; g < groups; ++g, x += int64_t(group) * kWidth) {
+    for (int j = 0; j < n; ++j, ++slot) {
+      if (kShared) {
+        const float* from = x + position<kBits>(words, slot, row) * kWidth;
+        V w[kRows];
+        for (int r = 0; r < kRows; ++r) w[r] = broadcast_weight<S>(values, slot, row + r);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i) {
+          const V v = S::load(from + i * L);
+          for (int r = 0; r < kRows; ++r) sum[r][i] = S::fma(w[r], v, sum[r][i]);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const float* from = x + position<kBits>(words, slot, row + r) * kWidth;
+          const V w = broadcast_weight<S>(values, slot, row + r);
+#pragma GCC unroll 16
+          for (int i = 0; i < kVectors; ++i) sum[r][i] = S::fma(w, S::load(from + i * L), sum[r][i]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kVectors; ++i) S::store(acc + r * kWidth + i * L, sum[r][i]);
+  }
+}
+
+// Blocks of columns jump through the weights, which no hardware prefetcher follows: fetch the next
+// panel's share while this one is at work. Past the end of the buffer it is a hint without effect.
+inline void prefetch(const void* base, int64_t from, int64_t to) {
+  for (int64_t at = from & -64; at < to; at += 64) __builtin_prefetch(static_cast<const char*>(base) + at, 0, 2);
+}
+
+template <class S>
+struct NmTiles {  // tile widths that fill the registers without spilling
+  static constexpr int kPairVectors = S::kRegisters == 32 ? 8 : 6;
+  static constexpr int kQuadVectors = S::kRegisters == 32 ? 6 : 2;
+};
+
+template <class S, class T>
+class NmTileKernel {
+ public:
+  explicit NmTileKernel(const PackedWeight& weight)
+      : h_(*weight.header), r_(nm_rows16(h_)), words_(weight.indices<uint64_t>()), values_(weight.values<T>()) {}
+
+  bool shared() const { return h_.pattern.vector >= 4; }
+
+  TileShape shape() const {
+    const int64_t step = h_.pattern.group * (h_.pattern.kept % 2 ? 2 : 1);  // blocks start at an even slot
+    const int64_t cache = cpu_info().l1d_bytes * 2 / 3;
+    return {shared() ? NmTiles<S>::kQuadVectors : NmTiles<S>::kPairVectors, r_.panels, kRows16,
+            r_.groups * h_.pattern.group, step, 2, cache};
+  }
+
+  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+    pack_tokens<S, T>(call, token0, vectors, r_.groups * h_.pattern.group, panel);
+  }
+
+  void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x, int vectors,
+               float* acc) const {
+    const Micro* micro = table()[size_t(vectors - 1)];
+    const int64_t group0 = column0 / h_.pattern.group, groups = (column1 - column0) / h_.pattern.group;
+    const int64_t slot0 = group0 * h_.pattern.kept, word0 = h_.pattern.group <= 4 ? slot0 / 2 : slot0;
+    const int rows = shared() ? 4 : 2;
+    for (int64_t p = panel0; p < panel1; ++p) {
+      const uint64_t* words = words_ + p * r_.words + word0;
+      const T* values = values_ + (p * r_.pairs * 2 + slot0) * kRows16;
+      const int64_t next = r_.pairs * 2 * kRows16, segment = groups * h_.pattern.kept * kRows16 * int64_t(sizeof(T));
+      for (int row = 0; row < kRows16; row += rows) {
+        prefetch(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
+        micro(words, values, row, groups, h_.pattern.kept, h_.pattern.group, x, acc, column0 == 0);
+        acc += int64_t(rows) * vectors * S::kLanes;
+      }
+    }
+  }
+
+ private:
+  using Micro = void(const uint64_t*, const T*, int, int64_t, int, int, const float*, float*, bool);
+  static constexpr int kWidest = NmTiles<S>::kPairVectors;
+  using Table = std::array<Micro*, size_t(kWidest)>;
+
+  template <int kRows, int kKept, int kBits, bool kShared, int... kIndex>
+  static Table make(std::integer_sequence<int, kIndex...>) {
+    return {&nm_micro<S, T, kRows, kIndex + 1, kKept, kBits, kShared>...};
+  }
+  // The three cases worth a body of their own: 2 of 4, other N of M <= 4, and M of 8 or 16.
+  template <int kRows, int kVectors, bool kShared>
+  Table pick() const {
+    const std::make_integer_sequence<int, kVectors> widths{};
+    if (h_.pattern.group > 4) return make<kRows, 0, 4, kShared>(widths);
+    if (h_.pattern.kept == 2) return make<kRows, 2, 2, kShared>(widths);
+    return make<kRows, 0, 2, kShared>(widths);
+  }
+  Table table() const {
+    return shared() ? pick<4, NmTiles<S>::kQuadVectors, true>() : pick<2, NmTiles<S>::kPairVectors, false>();
+  }
+
+  const PackedHeader& h_;
+  NmRows16 r_;
+  const uint64_t* words_;
+  const T* values_;
+};
+
+// ---- few tokens -------------------------------------------------------------------------------------
+
+constexpr int kMaxDecodeTokens = 8;
+
+// Both slots of a pair, for the rows of one half of a panel (AVX2) or all of it (AVX-512).
+template <class S>
+void load_pair(const float* values, int half, typename S::V& even, typename S::V& odd) {
+  even = S::load(values + half * S::kLanes);
+  odd = S::load(values + kRows16 + half * S::kLanes);
+}
+template <class S>
+void load_pair(const bf16* values, int half, typename S::V& even, typename S::V& odd) {
+  const auto words = S::load_words(values + half * S::kLanes * 2);
+  even = S::low_bf16(words);
+  odd = S::high_bf16(words);
+}
+
+template <class S, class T, int kTokens, int kBits>
+void nm_decode_panels(const MatmulCall& call, const float* x, int64_t x_stride, int64_t panel0, int64_t panel1) {
+  using V = typename S::V;
+  constexpr int L = S::kLanes;
+  constexpr int kChains = kTokens < 4 ? 2 : 1;  // enough independent sums to hide the latency of fma
+  const PackedHeader& h = *call.weight.header;
+  const NmRows16 r = nm_rows16(h);
+  const Epilogue<S, T> epilogue(call);
+  const int kept = h.pattern.kept, group = h.pattern.group;
+  for (int64_t p = panel0; p < panel1; ++p) {
+    for (int half = 0; half < kRows16 / L; ++half) {
+      const uint64_t* words = call.weight.indices<uint64_t>() + p * r.words;
+      const T* values = call.weight.values<T>() + p * r.pairs * 2 * kRows16;
+      V sum[kTokens][kChains];
+      for (auto& chains : sum) {
+        for (V& v : chains) v = S::zero();
+      }
+      int64_t column_even = 0;  // first column of the group of the pair's even slot; `used` slots of it are done
+      int used = 0;
+      for (int64_t pair = 0; pair < r.pairs; ++pair, values += 2 * kRows16) {
+        V even, odd;
+        load_pair<S>(values, half, even, odd);
+        const auto index_even = S::row_nibbles(words, half);
+        const auto index_odd = kBits == 2 ? S::shift_right_2(index_even) : S::row_nibbles(words + 1, half);
+        words += kBits == 2 ? 1 : 2;
+        if (used == kept) used = 0, column_even += group;
+        const int64_t column_odd = used + 1 == kept ? column_even + group : column_even;
+        for (int t = 0; t < kTokens; ++t) {
+          const float* row = x + t * x_stride;
+          const V x_even = kBits == 2 ? S::pick4(row + column_even, index_even) : S::pick16(row + column_even, index_even);
+          const V x_odd = kBits == 2 ? S::pick4(row + column_odd, index_odd) : S::pick16(row + column_odd, index_odd);
+          sum[t][0] = S::fma(even, x_even, sum[t][0]);
+          sum[t][kChains - 1] = S::fma(odd, x_odd, sum[t][kChains - 1]);
+        }
+        used += 2;
+        if (used > kept) used -= kept, column_even += group;
+      }
+      const int64_t row0 = p * kRows16 + half * L;
+      const int count = int(std::min<int64_t>(L, call.n - row0));
+      if (count <= 0) break;
+      const V bias = epilogue.bias(row0, count);
+      for (int t = 0; t < kTokens; ++t) {
+        epilogue.store(kChains == 1 ? sum[t][0] : S::add(sum[t][0], sum[t][kChains - 1]), bias, t, row0, count);
+      }
+    }
+  }
+}
+
+// x as padded floats, so that a group may be read whole. Shared by the threads of the call.
+template <class S, class T>
+const float* copy_tokens(const MatmulCall& call, int64_t stride, Scratch& memory) {
+  float* x = memory.get(call.m * stride);
+  for (int64_t t = 0; t < call.m; ++t) {
+    const T* from = static_cast<const T*>(call.x) + t * call.x_row_stride;
+    float* to = x + t * stride;
+    for (int64_t c = 0; c < call.k; ++c) to[c] = to_float(from[c]);
+    std::fill(to + call.k, to + stride, 0.0f);
+  }
+  return x;
+}
+
+// Splits the units among threads and calls panels(tokens as a constant, unit0, unit1).
+template <class Panels, int... kIndex>
+void run_decode(const MatmulCall& call, int64_t units, Panels panels, std::integer_sequence<int, kIndex...>) {
+  const int shares = int(std::min<int64_t>(call.threads, units));
+  parallel_for(shares, shares, [&](int share) {
+    const int64_t u0 = units * share / shares, u1 = units * (share + 1) / shares;
+    ((call.m == kIndex + 1 ? panels(std::integral_constant<int, kIndex + 1>{}, u0, u1) : void()), ...);
+  });
+}
+
+template <class S, class T>
+void run_nm_decode(const MatmulCall& call) {
+  thread_local Scratch memory;
+  const NmRows16 r = nm_rows16(*call.weight.header);
+  // A last odd slot's partner lies one group further on; pick16 reads 16 columns.
+  const int64_t stride = round_up((r.groups + 1) * call.weight.header->pattern.group + 16, 16);
+  const float* x = copy_tokens<S, T>(call, stride, memory);
+  run_decode(call, r.panels,
+             [&](auto tokens, int64_t panel0, int64_t panel1) {
+               if (r.index_bits == 2) {
+                 nm_decode_panels<S, T, decltype(tokens)::value, 2>(call, x, stride, panel0, panel1);
+               } else {
+                 nm_decode_panels<S, T, decltype(tokens)::value, 4>(call, x, stride, panel0, panel1);
+               }
+             },
+             std::make_integer_sequence<int, kMaxDecodeTokens>{});
+}
+
+template <class S, class T>
+void run_nm(const MatmulCall& call) {
+  run_tiles<S, T>(call, NmTileKernel<S, T>(call.weight));
+}
+
+// ---- cost model: microseconds; constants from measurements, see docs/performance ---------------------
+
+inline std::string any_nm(const Problem&) { return ""; }
+inline std::string few_tokens(const Problem& p) {
+  return p.m <= kMaxDecodeTokens ? "" : concat("is for m <= ", kMaxDecodeTokens, ", the problem has m=", p.m);
+}
+
+inline double weight_bytes(const Problem& p) {
+  return double(p.n) * double(p.k) * p.kept_share() * (dtype_size(p.dtype) + 0.25);
+}
+
+// Multiply-adds of whole vectors at 4 cycles a nanosecond and `per_cycle` of them, plus the panels.
+template <class S>
+double tile_cost_us(const Problem& p, double per_cycle) {
+  const double vectors = double(ceil_div(p.m, S::kLanes));
+  const double fma = vectors * double(p.n) * double(p.k) * p.kept_share() / (per_cycle * 4e3);
+  const double panels = vectors * (double(p.k) + double(p.n)) * 1.5e-3;
+  return (std::max(fma, weight_bytes(p) / 12e3) + panels) / p.threads + 3;
+}
+
+// Streaming at 16 bytes a nanosecond and core, or the arithmetic of many tokens.
+template <class S>
+double decode_cost_us(const Problem& p) {
+  const double fma = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes / 4e3;
+  return std::max(weight_bytes(p) / 16e3, fma) / p.threads + 2;
+}
+
+template <class S>
+double nm_cost_us(const Problem& p) {
+  return tile_cost_us<S>(p, p.pattern.vector >= 4 ? 1.8 : 1.5);
+}
+
+}  // namespace
+}  // namespace sk
