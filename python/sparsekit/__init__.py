@@ -1,13 +1,13 @@
 """Pruned PyTorch models that really run faster: patterns, packed weights, kernels, modules."""
 
-from sparsekit import nn
+from sparsekit import nn, prune
 from sparsekit.convert import ConvertReport, convert
 from sparsekit.dispatch import explain, kernels
 from sparsekit.functional import linear
 from sparsekit.io import FileSummary, inspect, load, save
 from sparsekit.pack import PackedWeight, detect, mask, pack
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
-from sparsekit.prune import PruneReport, prune
+from sparsekit.prune import PruneReport
 
 __all__ = [
     "NM",

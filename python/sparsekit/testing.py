@@ -1,0 +1,182 @@
+"""When a result is right: problems, float64 references and the tolerance rule.
+
+Used by the tests and the benchmarks, so that there is one rule and no fitted tolerance:
+
+1. On small integers every partial sum is exact, and so must be the result (`assert_matmul_exact`).
+2. On random data the error against float64 may be at most twice that of torch's dense operation of
+   the same dtype, both in the maximum norm (`assert_matmul_close`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsekit.gate import activate
+from sparsekit.patterns import PatternLike, parse_pattern
+
+# With fewer results than this, the dense error is measured on more rows: the largest of a handful
+# of errors is a matter of luck.
+_RESULTS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matmul with everything an epilogue can take.
+
+    Attributes:
+        x: `[m, k]`.
+        weight: `[n, k]`, dense, zero where the mask is False.
+        mask: bool `[n, k]`.
+        bias: `[n]`.
+        residual: `[m, n]`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor
+    residual: Tensor
+
+
+def make_problem(
+    m: int,
+    n: int,
+    k: int,
+    pattern: PatternLike,
+    dtype: torch.dtype = torch.float32,
+    integers: bool = False,
+    seed: int = 0,
+) -> Problem:
+    """A random problem whose weight follows a pattern.
+
+    Args:
+        m: rows of x.
+        n: out_features.
+        k: in_features.
+        pattern: of the weight.
+        dtype: of every tensor.
+        integers: whole numbers from -3 to 3 instead of normal ones; no kept weight is zero.
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        if integers:
+            return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    mask = parse_pattern(pattern).mask(torch.rand(n, k, generator=generator))
+    weight = draw(n, k)
+    weight = torch.where(weight == 0, torch.ones_like(weight), weight)
+    weight = torch.where(mask, weight, torch.zeros_like(weight))
+    return Problem(draw(m, k), weight, mask, draw(n), draw(m, n))
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(x @ weight.T + bias) + residual` in float64."""
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    y = activate(y, activation)
+    return y if residual is None else y + residual.double()
+
+
+def dense_result(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The same with torch's dense operations in the tensors' own dtype."""
+    y = activate(functional.linear(x, weight, bias), activation)
+    return y if residual is None else y + residual
+
+
+def assert_matmul_exact(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Integer inputs: the result is the reference, rounded once to y's dtype.
+
+    Raises:
+        AssertionError: with the first place that differs.
+    """
+    expected = reference(x, weight, bias, activation, residual).to(y.dtype)
+    assert y.shape == expected.shape, f"shape {list(y.shape)}, expected {list(expected.shape)}"
+    wrong = ~(y == expected)
+    if bool(wrong.any()):
+        first = tuple(int(i) for i in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{int(wrong.sum())} of {y.numel()} results differ, first at {first}: "
+            f"{y[first].item()}, expected {expected[first].item()}"
+        )
+
+
+def assert_matmul_close(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Random inputs: the error against float64 is at most twice that of torch's dense operation.
+
+    Errors are compared in the maximum norm. A half unit in the last place of the largest result is
+    always allowed: no result of the dtype can promise less. For small problems the dense error is
+    the largest over more rows, made of x's own values in other orders.
+
+    Raises:
+        AssertionError: with both errors.
+    """
+    expected = reference(x, weight, bias, activation, residual)
+    assert y.shape == expected.shape, f"shape {list(y.shape)}, expected {list(expected.shape)}"
+    assert y.dtype == x.dtype, f"dtype {y.dtype}, expected {x.dtype}"
+    if y.numel() == 0:
+        return
+    assert bool(y.isfinite().all()), "the result holds a NaN or an infinity"
+    error = (y.double() - expected).abs().max().item()
+    floor = 0.5 * torch.finfo(y.dtype).eps * expected.abs().max().item()
+    dense_error = _dense_error(x, weight, bias, activation, residual)
+    if error > 2 * dense_error + floor:
+        raise AssertionError(
+            f"the error against float64 is {error:.3g}, torch's dense operation has "
+            f"{dense_error:.3g} (twice that plus {floor:.3g} is allowed)"
+        )
+
+
+def _dense_error(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> float:
+    rows, columns = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    rest = None if residual is None else residual.reshape(-1, columns)
+    missing = -(-_RESULTS // columns) - rows.shape[0]
+    if missing > 0:
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randint(rows.numel(), (missing, rows.shape[1]), generator=generator)
+        rows = torch.cat([rows, rows.reshape(-1)[order]])
+        if rest is not None:
+            order = torch.randint(rest.numel(), (missing, columns), generator=generator)
+            rest = torch.cat([rest, rest.reshape(-1)[order]])
+    expected = reference(rows, weight, bias, activation, rest)
+    dense = dense_result(rows, weight, bias, activation, rest)
+    return (dense.double() - expected).abs().max().item()
