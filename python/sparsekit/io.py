@@ -74,7 +74,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
 
     Args:
         model_or_state: a model with `SparseLinear` layers, or a mapping from names to tensors and
-            `PackedWeight`s (a packed weight's name is its layer's).
+            `PackedWeight` objects (a packed weight's name is its layer's).
         path: the file.
 
     Raises:
