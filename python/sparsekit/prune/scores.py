@@ -32,12 +32,12 @@ Score: TypeAlias = Callable[[Tensor, Columns | None], Tensor]
 
 
 def magnitude(weight: Tensor, columns: Columns | None) -> Tensor:
-    """|W|: needs no data."""
+    """`|W|`: needs no data."""
     return weight.abs()
 
 
 def wanda(weight: Tensor, columns: Columns | None) -> Tensor:
-    """(|W| · ‖x‖)², Wanda (Sun et al. 2023, arXiv 2306.11695).
+    """`(|W| · ‖x‖)²`, Wanda (Sun et al. 2023, arXiv 2306.11695).
 
     The square leaves the order as it is, and makes the sum over a vector or a block the output
     error that zeroing it would cause if the inputs were uncorrelated.
