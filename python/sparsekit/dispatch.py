@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,54 @@ def explain(
         raise ValueError(f"explain: expected m >= 0, n >= 1 and k >= 1, got m={m}, n={n}, k={k}")
     candidates = tuple(_native.explain(format, pattern, dtype, n, k, m))
     return Explanation(pattern, format, dtype, m, n, k, candidates)
+
+
+def doctor() -> str:
+    """This machine as the package sees it: CPU, threads, torch, build, GPU, and what will run."""
+    cpu = _native.cpu_info()
+    sizes = ", ".join(
+        f"{name} {cpu[key] / 1024:,.0f} KiB"
+        for name, key in (("L1d", "l1d_bytes"), ("L2", "l2_bytes"), ("L3", "l3_bytes"))
+        if cpu.get(key)
+    )
+    isa = str(cpu["isa"])
+    if cpu["isa_detected"] != isa:
+        isa += f" (SPARSEKIT_ISA; the CPU has {cpu['isa_detected']})"
+    facts = [
+        ("CPU", str(cpu["model"]).strip()),
+        ("instruction set in use", isa),
+        ("features", str(cpu["features"])),
+        ("caches", sizes or "unknown"),
+        ("cores, torch threads", f"{cpu['cores']}, {torch.get_num_threads()} ({cpu['threading']})"),
+        ("torch", torch.__version__),
+        ("GPU", _gpu()),
+        *((f"build: {key}", value) for key, value in _native.build_info().items()),
+    ]
+    facts += [
+        (f"{variable} is set", value)
+        for variable in ("SPARSEKIT_KERNEL", "SPARSEKIT_ISA", "SPARSEKIT_LOG")
+        if (value := os.environ.get(variable))
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
+    return "\n".join([*lines, "", "what will run for n=4096, k=1024:", _choices()])
+
+
+def _choices() -> str:
+    rows = []
+    for spelling in ("2:4", "2:4v4", "bsr16x16@0.75"):
+        for dtype in _native.DTYPES:
+            chosen = [explain(spelling, m=m, n=4096, k=1024, dtype=dtype).chosen for m in (1, 256)]
+            names = [candidate.kernel if candidate else "nothing" for candidate in chosen]
+            rows.append((spelling, str(dtype).removeprefix("torch."), *names))
+    return table(("pattern", "dtype", "m=1", "m=256"), rows)
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names) + " (this build has CPU kernels only)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

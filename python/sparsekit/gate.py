@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm.auto import tqdm
 
 from sparsekit import _native
+from sparsekit.dispatch import table
 from sparsekit.functional import linear
-from sparsekit.pack import PackedWeight
+from sparsekit.pack import PackedWeight, pack
+from sparsekit.patterns import PatternLike
 
 MIN_SPEEDUP = 1.05
 """A sparse layer is kept from this ratio on: below it, the gain is within the timing's noise."""
@@ -164,6 +167,39 @@ def measure(
         kernel=kernel_for(packed, m),
         fault=fault,
     )
+
+
+def compare(
+    pattern: PatternLike, n: int, k: int, m: Sequence[int], dtype: torch.dtype = torch.float32
+) -> str:
+    """Dense against sparse for one weight shape, as a table; nothing is remembered.
+
+    Args:
+        pattern: of the weight.
+        n: out_features.
+        k: in_features.
+        m: rows of x, one line of the table each.
+        dtype: of weight and activations.
+    """
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = pack(weight, pattern)
+    rows = []
+    for count in tqdm(m, desc="bench", unit="shape", leave=False):
+        verdict = measure(packed, count)
+        rows.append(
+            (
+                str(count),
+                verdict.dense_path,
+                f"{verdict.dense_ms:.3f}",
+                verdict.kernel,
+                f"{verdict.sparse_ms:.3f}",
+                f"{verdict.speedup:.2f}x",
+                verdict.fault or ("sparse wins" if verdict.wins else "dense stays"),
+            )
+        )
+    head = ("m", "fastest dense", "ms", "sparse kernel", "ms", "speed", "verdict")
+    title = f"{packed.pattern} {str(dtype).removeprefix('torch.')}, n={n}, k={k}"
+    return f"{title}, {torch.get_num_threads()} threads\n{table(head, rows)}"
 
 
 def kernel_for(packed: PackedWeight, m: int) -> str:

@@ -1,0 +1,100 @@
+"""The command line: `sparsekit doctor | kernels | bench | inspect | demo`. No logic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+
+from sparsekit import dispatch, gate, io
+
+_T = TypeVar("_T")
+
+app = typer.Typer(
+    help="Pruned PyTorch models that really run faster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DType(str, Enum):
+    """Spelling of a dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _checked(call: Callable[[], _T]) -> _T:
+    """The call's result; an error that the user can mend ends the program with its message."""
+    try:
+        return call()
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what will run on it."""
+    typer.echo(dispatch.doctor())
+
+
+@app.command()
+def kernels() -> None:
+    """All kernels of this build, and why each can or cannot run here."""
+    typer.echo(str(dispatch.kernels()))
+
+
+@app.command()
+def explain(
+    pattern: Annotated[str, typer.Argument(help="2:4, 2:4v4, bsr16x16@0.75, ...")] = "2:4",
+    m: Annotated[int, typer.Option("-m", help="Rows of x.")] = 256,
+    n: Annotated[int, typer.Option("-n", help="out_features.")] = 4096,
+    k: Annotated[int, typer.Option("-k", help="in_features.")] = 1024,
+    dtype: DType = DType.float32,
+) -> None:
+    """Why which kernel would run a problem, and why the others would not."""
+    answer = _checked(
+        lambda: dispatch.explain(pattern, m=m, n=n, k=k, dtype=getattr(torch, dtype.value))
+    )
+    typer.echo(str(answer))
+
+
+@app.command()
+def bench(
+    pattern: Annotated[str, typer.Argument(help="2:4, 2:4v4, bsr16x16@0.75, ...")] = "2:4",
+    m: Annotated[list[int] | None, typer.Option("-m", help="Rows of x; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("-n", help="out_features.")] = 4096,
+    k: Annotated[int, typer.Option("-k", help="in_features.")] = 1024,
+    dtype: DType = DType.float32,
+) -> None:
+    """Time dense against sparse for one weight shape."""
+    rows = m or [1, 8, 32, 256]
+    table = _checked(lambda: gate.compare(pattern, n, k, rows, getattr(torch, dtype.value)))
+    typer.echo(table)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="Written by sparsekit.save.")]) -> None:
+    """What is inside a file; checks it whole."""
+    typer.echo(str(_checked(lambda: io.inspect(file))))
+
+
+@app.command()
+def demo(
+    pattern: Annotated[str, typer.Option(help="For every encoder layer.")] = "2:4",
+    method: Annotated[str, typer.Option(help="Pruning method.")] = "sparsegpt",
+    dtype: DType = DType.float32,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("sparsekit-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A short form.")] = False,
+) -> None:
+    """Prune, recover, convert and measure a trained sentence encoder."""
+    from sparsekit.demo import run
+
+    _checked(lambda: run(pattern=pattern, method=method, dtype=dtype.value, out=out, quick=quick))
