@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -33,6 +34,7 @@ __all__ = [
 
 class _CallablePackage(types.ModuleType):
     __call__ = staticmethod(prune)
+    __signature__ = inspect.signature(prune)
 
 
 # Importing a submodule binds `sparsekit.prune` to this package, so the package itself must be
