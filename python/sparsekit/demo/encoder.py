@@ -117,6 +117,8 @@ def _transformers() -> Any:
     use_offline()
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
+    # It would report that the file's pooler, which mean pooling replaces, is left out.
+    transformers.utils.logging.set_verbosity_error()
     return transformers
 
 

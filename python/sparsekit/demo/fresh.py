@@ -1,8 +1,4 @@
-"""Loads a saved model in a process of its own and embeds the test half.
-
-`python -m sparsekit.demo.fresh FOLDER DTYPE THREADS` reads `model.safetensors` and `texts.json` in
-the folder and writes `embeddings.safetensors`; the last line on stdout is a JSON object.
-"""
+"""Loads a saved model in a process of its own and embeds the test half."""
 
 from __future__ import annotations
 
@@ -41,7 +37,9 @@ def compare(model: Path, texts: list[str], expected: Tensor, dtype: torch.dtype)
         folder = Path(name)
         (folder / "model.safetensors").symlink_to(model.resolve())
         (folder / "texts.json").write_text(json.dumps(texts))
-        command = [sys.executable, "-m", "sparsekit.demo.fresh", name]
+        # Not `-m`: the package imports this module, and runpy warns when it runs one twice.
+        code = "import sparsekit.demo.fresh as fresh; fresh.main()"
+        command = [sys.executable, "-c", code, name]
         command += [str(dtype).removeprefix("torch."), str(torch.get_num_threads())]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
@@ -59,10 +57,15 @@ def compare(model: Path, texts: list[str], expected: Tensor, dtype: torch.dtype)
     }
 
 
-def main(folder: Path, dtype: torch.dtype, threads: int) -> None:
-    """The other process's side of `compare`."""
+def main() -> None:
+    """The other process's side of `compare`; arguments FOLDER DTYPE THREADS.
+
+    Reads `model.safetensors` and `texts.json` in the folder and writes `embeddings.safetensors`;
+    the last line on stdout is a JSON object.
+    """
+    folder, dtype, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(threads)
-    encoder = empty(dtype)
+    encoder = empty(getattr(torch, dtype))
     start = time.perf_counter()
     load(encoder, folder / "model.safetensors")
     seconds = time.perf_counter() - start
@@ -70,7 +73,3 @@ def main(folder: Path, dtype: torch.dtype, threads: int) -> None:
     rows = embed(encoder, load_tokenizer(), texts, label="embedding in a fresh process")
     save_file({"embeddings": rows}, folder / "embeddings.safetensors")
     print(json.dumps({"load_seconds": seconds}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3]))

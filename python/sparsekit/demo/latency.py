@@ -264,8 +264,9 @@ def _onnxruntime(model: nn.Module) -> Callable[[Inputs, Path], Run]:
         for module in copy.modules():
             # The exporter guards torch's fused attention with IsNaN and Where in every layer;
             # written out, ONNX Runtime fuses it itself and is about a tenth faster.
-            if hasattr(module, "set_attn_implementation"):
-                module.set_attn_implementation("eager")
+            choose = getattr(module, "set_attn_implementation", None)
+            if callable(choose):
+                choose("eager")
         names = ["input_ids", "attention_mask"]
         with warnings.catch_warnings(), _quiet("onnxscript", "onnx_ir", "torch.onnx"):
             warnings.simplefilter("ignore")

@@ -124,15 +124,15 @@ def _layers(axes: Any, layers: list[dict[str, Any]]) -> None:
         groups[key] = groups.get(key, 0) + 1
     timed = [(*key, count) for key, count in groups.items() if key[-1] is not None]
     names = [f"{label}\n×{count}, runs {verdict}" for label, verdict, *_, count in timed]
-    speeds = [speed for *_, speed, _ in timed]
-    bars = axes.barh(names, speeds, color=[_WIN if s >= 1 else _LOSS for s in speeds], height=0.6)
+    colours = [_WIN if verdict == "sparse" else _LOSS for _, verdict, *_ in timed]
+    bars = axes.barh(names, [speed for *_, speed, _ in timed], color=colours, height=0.6)
     labels = [f"{speed:.2f}x\n{dense:.2f} → {ours:.2f} ms" for _, _, dense, ours, speed, _ in timed]
     axes.bar_label(bars, labels, padding=4, fontsize=9, bbox=_BOX)
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.3)
     axes.set_xlim(left=0)
-    axes.set_xlabel("dense time / sparse time [ratio]; right of 1.00 sparse wins")
+    axes.set_xlabel("fastest dense time / sparse time [ratio]; right of the line sparse is faster")
     untimed = sum(layer["speedup"] is None for layer in layers)
     note = f"; {untimed} not timed" if untimed else ""
-    axes.set_title(f"Linear layers (n×k) against fastest dense path{note}", fontsize=11)
+    axes.set_title(f"Linear layers (n×k), green where sparse was kept{note}", fontsize=11)

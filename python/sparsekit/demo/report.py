@@ -29,6 +29,8 @@ img { max-width: 100%; }
 .quick { background: #fff3cd; border: 1px solid #e0c36a; padding: 0.6rem 1rem; }
 """
 
+_PREFIX = "bert.encoder.layer."
+
 QUICK_NOTE = (
     "Quick run: few recovery steps, few timing rounds, no torch.compile. "
     "Its figures show that everything works, not what can be reached."
@@ -206,9 +208,8 @@ def _layers(report: dict[str, Any]) -> Table:
         timed = layer["speedup"] is not None
         rows.append(
             (
-                layer["name"],
+                layer["name"].removeprefix(_PREFIX),
                 "×".join(str(size) for size in layer["shape"]),
-                layer["pattern"] or "",
                 f"{layer['dense_ms']:.3f}" if timed else "",
                 f"{layer['sparse_ms']:.3f}" if timed else "",
                 f"{layer['speedup']:.2f}x" if timed else "",
@@ -217,9 +218,10 @@ def _layers(report: dict[str, Any]) -> Table:
                 layer["reason"],
             )
         )
-        marks.append("" if not timed else "win" if layer["speedup"] >= 1 else "loss")
+        marks.append("" if not timed else "win" if layer["verdict"] == "sparse" else "loss")
     columns = (">dense [ms]", ">sparse [ms]", ">speed", "kernel", "verdict", "reason")
-    return Table("Layers", ("layer", "n×k", "pattern", *columns), rows, marks)
+    note = f"Names follow {_PREFIX.rstrip('.')}. Layers of one shape share one measurement."
+    return Table("Layers", ("layer", "n×k", *columns), rows, marks, note)
 
 
 def _pruning(report: dict[str, Any]) -> Table:

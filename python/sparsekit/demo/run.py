@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -82,7 +83,8 @@ def run(
         ImportError: An optional package is missing; names the command that installs it.
         ValueError: Unknown pattern, method or dtype.
     """
-    console = Console()
+    # A file or a pipe has no width of its own, and the layers' table is wide.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     if dtype not in DTYPES:
         raise ValueError(f"demo: expected dtype {' or '.join(DTYPES)}, got {dtype!r}")
     if method not in METHODS:
