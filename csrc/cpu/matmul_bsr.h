@@ -61,7 +61,7 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
     for (int64_t step = 0; step < block_steps; ++step, from += kWidth) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const V w = Op::weight(values, step, panel_rows, row + r, paired);
+        const auto w = Op::weight(values, step, panel_rows, row + r, paired);
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i) sum[r][i] = Op::mac(w, from + i * L, sum[r][i]);
       }

@@ -98,7 +98,7 @@ class NmTileKernel {
 
   TileShape shape() const {
     const int64_t step = h_.pattern.group * (h_.pattern.kept % 2 ? 2 : 1);  // blocks start at an even slot
-    const int64_t cache = cpu_info().l1d_bytes * 2 / 3;
+    const int64_t cache = cpu_info().l1d_bytes / (shared() ? 2 : 2);
     return {shared() ? NmTiles<S>::kQuadVectors : NmTiles<S>::kPairVectors, r_.panels, kRows16,
             r_.groups * h_.pattern.group, step, 2, cache};
   }

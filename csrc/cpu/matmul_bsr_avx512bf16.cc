@@ -1,0 +1,38 @@
+// Block-sparse bf16 with `vdpbf16ps`: a step is a pair of neighbouring columns.
+#include "cpu/dot_bf16.h"
+#include "cpu/matmul_bsr.h"
+
+namespace sk {
+namespace {
+
+struct DotBf16 {
+  using Isa = Avx512;
+  using Element = bf16;
+  static constexpr int kColumns = 2;
+  static constexpr int kFloatsX2 = 1;  // two columns in a word
+  static __m512i weight(const bf16* values, int64_t step, int64_t panel_rows, int row, bool) {
+    return broadcast_word(values + (step * panel_rows + row) * 2);
+  }
+  static __m512 mac(__m512i w, const float* x, __m512 sum) { return dot_bf16(w, x, sum); }
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+    const int64_t width = 16 * int64_t(vectors);
+    for_token_words(call, token0, vectors, columns, [&](int64_t pair, int i, __m512i a, __m512i b) {
+      float* to = panel + pair * width + int64_t(i) * 16;
+      _mm512_storeu_si512(to, a);
+      if (2 * pair + 2 < columns) _mm512_storeu_si512(to + width, b);
+    });
+  }
+};
+
+std::string even_columns(const Problem& p) {
+  return p.pattern.block_cols % 2 == 0 ? "" : concat("needs an even number of block columns, there are ", p.pattern.block_cols);
+}
+
+double cost_us(const Problem& p) { return bsr_cost_us<Avx512>(p) * 0.55; }
+
+}  // namespace
+
+extern const KernelFunctions matmul_bsr_rows_bf16_avx512bf16;
+const KernelFunctions matmul_bsr_rows_bf16_avx512bf16{even_columns, cost_us, run_bsr<DotBf16>, "tokens in lanes, dot products of pairs"};
+
+}  // namespace sk
