@@ -97,6 +97,7 @@ def report() -> dict[str, Any]:
             | {"verdict": "dense", "reason": "no kernel"},
         ],
         "pruning": {
+            "reconstruction": "least_squares",
             "layers": 36,
             "sparsity": 0.503,
             "mean_error": 0.1234,
@@ -106,7 +107,7 @@ def report() -> dict[str, Any]:
         "recovery": {"texts": 1683, "steps": 240, "first_loss": 0.3456, "last_loss": 0.0567},
         "corpus": {
             "docstrings": 1682,
-            "public": 728,
+            "candidates": 728,
             "calibration_pairs": 302,
             "test_pairs": 301,
             "sha256": "e35cca99",

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 MIN_CHARACTERS = 120
-"""A docstring counts when it is longer than this."""
+"""A docstring can become a pair when it is longer than this."""
 
 # Shorter paragraphs ("Example:", a bare signature) say nothing about the rest of the text.
 _MIN_QUERY = 20
@@ -35,19 +35,26 @@ class Docstring:
         name: Qualified name, such as `textwrap.fill`.
         query: First paragraph; the whole text where there is no second one.
         document: Everything after the first paragraph, "" where there is nothing.
+        length: Characters of the docstring as it stands in the source, without indentation.
         public: Whether it belongs to a module or to a public name at its top level.
     """
 
     name: str
     query: str
     document: str
-    public: bool = True
+    length: int
+    public: bool
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is public and longer than `MIN_CHARACTERS`."""
+        return self.public and self.length > MIN_CHARACTERS
 
     @property
     def is_pair(self) -> bool:
-        """Whether it is public and both halves are long enough to be searched for and found."""
+        """Whether it is a candidate and both parts are long enough to search for and to find."""
         long_enough = len(self.query) >= _MIN_QUERY and len(self.document) >= _MIN_DOCUMENT
-        return self.public and long_enough
+        return self.is_candidate and long_enough
 
     @property
     def text(self) -> str:
@@ -92,7 +99,7 @@ def collect(root: Path | None = None, progress: bool = True) -> list[Docstring]:
         progress: Whether to show a progress bar.
 
     Returns:
-        Docstrings longer than `MIN_CHARACTERS`, sorted by name; of equal texts only the first.
+        Docstrings of 20 characters and more, sorted by name; of equal texts only the first.
 
     Raises:
         FileNotFoundError: The folder holds no module sources.
@@ -112,7 +119,7 @@ def collect(root: Path | None = None, progress: bool = True) -> list[Docstring]:
             if doc.query not in seen and (not doc.document or doc.document not in seen):
                 found.append(doc)
             seen.update((doc.query, doc.document))
-    return sorted(found, key=lambda doc: doc.name)
+    return sorted(found, key=_order)
 
 
 def split(docstrings: list[Docstring]) -> Corpus:
@@ -128,7 +135,7 @@ def split(docstrings: list[Docstring]) -> Corpus:
     half = len(pairs) // 2
 
     def by_name(docs: list[Docstring]) -> tuple[Docstring, ...]:
-        return tuple(sorted(docs, key=lambda doc: doc.name))
+        return tuple(sorted(docs, key=_order))
 
     return Corpus(
         test=by_name(pairs[:half]),
@@ -137,8 +144,13 @@ def split(docstrings: list[Docstring]) -> Corpus:
     )
 
 
+def _order(doc: Docstring) -> tuple[str, str]:
+    # A name can be defined twice, in the branches of an `if` for instance.
+    return doc.name, doc.query
+
+
 def _hash(doc: Docstring) -> str:
-    return hashlib.sha256(doc.name.encode()).hexdigest()
+    return hashlib.sha256("\0".join(_order(doc)).encode()).hexdigest()
 
 
 def _sources(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -154,9 +166,10 @@ def _docstrings(module: str, source: bytes) -> Iterator[Docstring]:
     def visit(node: ast.AST, name: str, public: bool) -> Iterator[Docstring]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
-            if text is not None and len(text) > MIN_CHARACTERS:
+            if text is not None and len(text) >= _MIN_QUERY:
                 query, _, document = text.strip().partition("\n\n")
-                yield Docstring(name, " ".join(query.split()), " ".join(document.split()), public)
+                query, document = " ".join(query.split()), " ".join(document.split())
+                yield Docstring(name, query, document, len(text), public)
         for child in ast.iter_child_nodes(node):
             own = getattr(child, "name", None)
             inner = isinstance(node, ast.Module) and not str(own).startswith("_")

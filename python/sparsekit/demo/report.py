@@ -227,6 +227,7 @@ def _layers(report: dict[str, Any]) -> Table:
 def _pruning(report: dict[str, Any]) -> Table:
     pruning, recovery = report["pruning"], report["recovery"]
     rows = [
+        ("reconstruction of the kept weights", pruning["reconstruction"]),
         ("pruned Linears", str(pruning["layers"])),
         ("zeros in them", _percent(pruning["sparsity"])),
         ("mean relative error of a layer's output", f"{pruning['mean_error']:.4f}"),
@@ -243,8 +244,8 @@ def _pruning(report: dict[str, Any]) -> Table:
 def _corpus(report: dict[str, Any]) -> Table:
     corpus = report["corpus"]
     rows = [
-        ("docstrings longer than 120 characters", str(corpus["docstrings"])),
-        ("of public modules, classes and functions", str(corpus["public"])),
+        ("docstrings", str(corpus["docstrings"])),
+        ("public and longer than 120 characters", str(corpus["candidates"])),
         ("pairs for calibration and recovery", str(corpus["calibration_pairs"])),
         ("pairs for the test", str(corpus["test_pairs"])),
         ("SHA-256 of texts and split", corpus["sha256"]),

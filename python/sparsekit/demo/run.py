@@ -157,6 +157,7 @@ class _Demo:
             "fresh_process": loaded,
             "layers": layers,
             "pruning": {
+                "reconstruction": pruning.reconstruction,
                 "layers": len(pruning.masks),
                 "sparsity": pruning.sparsity,
                 "mean_error": sum(errors) / len(errors),
@@ -171,7 +172,7 @@ class _Demo:
             },
             "corpus": {
                 "docstrings": len(docstrings),
-                "public": sum(doc.public for doc in docstrings),
+                "candidates": sum(doc.is_candidate for doc in docstrings),
                 "calibration_pairs": len(texts.calibration),
                 "test_pairs": len(texts.test),
                 "sha256": texts.digest(),
@@ -202,6 +203,8 @@ class _Demo:
                 method=self.method,
                 calibration=encoder.batches(self.tokenizer, seen),
                 targets=encoder.ENCODER_LINEARS,
+                # Whatever chose the mask: the kept weights are then fitted to the dense outputs.
+                reconstruction="least_squares",
             )
         with self._stage("embedding with the pruned model"):
             pruned = self._embed(student, texts, "pruned")
