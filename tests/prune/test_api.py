@@ -54,6 +54,15 @@ def test_weights_fit_the_pattern(method, spelling, calibrated):
         assert layer.sparsity == pytest.approx(1 - float(kept))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_call_gives_the_same_weights(method):
+    first, second = small(), small()
+    for model in (first, second):
+        prune(model, "2:4v4", method, calibration=batches_of(), progress=False)
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_better_methods_change_the_output_less():
     x = torch.cat(batches_of())
 
@@ -191,6 +200,7 @@ def test_inputs_too_alike_are_named():
     model, x = small().double(), torch.ones(64, 24, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"inputs of layer '0' are too alike.*dampening=1e-30"):
         prune(model, "2:4", "sparsegpt", calibration=[x], dampening=1e-30, progress=False)
+    prune(model, "2:4", "wanda", calibration=[x], dampening=1e-30, progress=False)  # no inverse
 
 
 def test_a_weight_two_layers_share_is_pruned_once_for_both_inputs():

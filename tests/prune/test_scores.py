@@ -7,9 +7,8 @@ from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.scores import Columns, magnitude, optimal_brain_surgeon, wanda
 
 
-def columns(norms, inverse=None):
-    norms = torch.tensor(norms)
-    return Columns(norms, torch.ones_like(norms) if inverse is None else torch.tensor(inverse))
+def columns(norms, inverse=()):
+    return Columns(torch.tensor(norms), lambda: torch.tensor(inverse))
 
 
 def test_magnitude_is_the_absolute_value():
@@ -33,3 +32,10 @@ def test_surgeon_divides_by_the_inverse_diagonal():
 
 def test_every_method_names_a_known_reconstruction():
     assert {method.reconstruction for method in METHODS.values()} <= set(RECONSTRUCTIONS)
+
+
+def test_nothing_is_inverted_for_a_score_that_does_not_ask():
+    def refuse():
+        raise AssertionError("inverted")
+
+    wanda(torch.ones(1, 2), Columns(torch.ones(2), refuse))

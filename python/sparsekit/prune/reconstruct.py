@@ -71,8 +71,7 @@ def sweep(
     dead = moment.diagonal() == 0
     weight[:, dead] = 0  # An input that is always zero needs no weight.
     root = _inverse_root(moment, options)
-    norms = moment.diagonal().sqrt()
-    free = root.diagonal().square()
+    known = Columns(moment.diagonal().sqrt(), lambda: root.diagonal().square())
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     stripes = {
         start: (stop, part)
@@ -87,7 +86,7 @@ def sweep(
         for j in range(stop - start):
             if start + j in stripes:
                 end, part = stripes[start + j]
-                view = Columns(norms[start + j : end], free[start + j : end])
+                view = known.slice(start + j, end)
                 mask[:, start + j : end] = part.mask(score(values[:, j : end - start], view))
             kept = values[:, j].masked_fill(~mask[:, start + j], 0)
             errors[:, j] = (values[:, j] - kept) / local[j, j]
@@ -181,5 +180,8 @@ def _inverse_root(moment: Tensor, options: ReconstructionOptions) -> Tensor:
 
 
 def _columns(moment: Tensor, options: ReconstructionOptions) -> Columns:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moment, options)))
-    return Columns(moment.diagonal().sqrt(), inverse.diagonal())
+    def inverse_diagonal() -> Tensor:
+        factor = torch.linalg.cholesky(_damped(moment, options))
+        return torch.cholesky_inverse(factor).diagonal()
+
+    return Columns(moment.diagonal().sqrt(), inverse_diagonal)

@@ -7,24 +7,36 @@ is the reconstruction's choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Columns:
     """What calibration knows about the input columns of a weight, or of a slice of its columns.
 
-    Attributes:
+    Args:
         norms: `[k]`, root mean square of each input feature over the calibration tokens.
+        inverse_diagonal: makes the attribute of that name when a score first reads it: inverting
+            costs k³ operations that most scores do without.
+
+    Attributes:
         inverse_diagonal: `[k]`, diagonal of the inverse of the damped second moment of the inputs;
             within a sweep, of the columns that are still free.
     """
 
-    norms: Tensor
-    inverse_diagonal: Tensor
+    def __init__(self, norms: Tensor, inverse_diagonal: Callable[[], Tensor]) -> None:
+        self.norms = norms
+        self._invert = inverse_diagonal
+
+    @cached_property
+    def inverse_diagonal(self) -> Tensor:
+        return self._invert()
+
+    def slice(self, start: int, stop: int) -> Columns:
+        """The columns from `start` to before `stop`."""
+        return Columns(self.norms[start:stop], lambda: self.inverse_diagonal[start:stop])
 
 
 Score: TypeAlias = Callable[[Tensor, Columns | None], Tensor]
