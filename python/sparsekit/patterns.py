@@ -206,7 +206,8 @@ class BlockSparse(Pattern):
     Args:
         block_shape: (rows of n, columns of k), each 1 to 128. `(1, 1)` is unstructured sparsity.
         sparsity: fraction of the blocks that is zero, 0 to 1. `round((1 - sparsity) * blocks)`
-            blocks of the whole matrix are kept; blocks cut by the edge count as blocks.
+            blocks of the whole matrix are kept, below 1 at least one of them; blocks cut by the
+            edge count as blocks.
 
     Raises:
         ValueError: a number outside these ranges.
@@ -247,7 +248,8 @@ class BlockSparse(Pattern):
     def blocks_kept(self, rows: int, columns: int) -> int:
         """How many blocks of a `[rows, columns]` matrix may stay."""
         down, across = self.blocks(rows, columns)
-        return round((1.0 - self.sparsity) * down * across)
+        kept = round((1.0 - self.sparsity) * down * across)
+        return kept if self.sparsity == 1.0 else max(1, kept)
 
     def mask(self, score: Tensor) -> Tensor:
         _check_score(score)
@@ -511,7 +513,7 @@ def _short_sparsity(empty: int, total: int) -> float:
     exact = empty / total
     for digits in range(1, 17):
         short = round(exact, digits)
-        if round((1.0 - short) * total) == total - empty:
+        if round((1.0 - short) * total) == total - empty and (short < 1.0) == (empty < total):
             return short
     return exact
 

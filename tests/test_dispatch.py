@@ -1,0 +1,117 @@
+"""What can run, why, and why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsekit as sk
+from sparsekit import _native
+from sparsekit.dispatch import doctor, table
+
+
+def test_kernels_lists_the_registry_with_reasons() -> None:
+    kernels = sk.kernels()
+    assert [kernel.name for kernel in kernels] == [info.name for info in _native.kernels()]
+    text = str(kernels)
+    for kernel in kernels:
+        assert kernel.reason
+        line = next(line for line in text.splitlines() if line.split()[0] == kernel.name)
+        assert kernel.reason in line
+        assert line.split()[1] == ("yes" if kernel.available else "no")
+
+
+def test_names_are_made_of_op_format_dtype_arch() -> None:
+    for kernel in sk.kernels():
+        parts = [kernel.op, kernel.format, kernel.dtype, kernel.arch, kernel.variant]
+        assert kernel.name == "_".join(part for part in parts if part)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8v4", "bsr16x16@0.75", "bsr3x5@0.5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [0, 1, 256])
+def test_explain_chooses_one_kernel_and_answers_for_all(
+    pattern: str, dtype: torch.dtype, m: int
+) -> None:
+    answer = sk.explain(pattern, m=m, n=64, k=128, dtype=dtype)
+    assert len(answer.candidates) == len(sk.kernels())
+    assert sum(candidate.chosen for candidate in answer.candidates) == 1
+    assert answer.chosen is not None
+    assert answer.chosen.ok
+    assert answer.chosen.cost_us is not None
+    for candidate in answer.candidates:
+        assert candidate.reason
+        assert candidate.kernel in str(answer)
+        assert candidate.ok == (candidate.cost_us is not None)
+    first = str(answer).splitlines()[3]
+    assert first.split()[:2] == [answer.chosen.kernel, "chosen"]
+
+
+def test_explain_of_a_packed_weight_uses_its_own_format() -> None:
+    packed = sk.pack(torch.eye(64), "2:4", target="reference")
+    answer = sk.explain(packed, m=4)
+    assert (answer.n, answer.k, answer.format) == (64, 64, "nm")
+    assert answer.chosen is not None
+    assert answer.chosen.kernel == "matmul_nm_f32_scalar"
+    refused = [c for c in answer.candidates if not c.ok]
+    assert refused
+    assert all("nm" in c.reason or "f32" in c.reason for c in refused)
+
+
+def test_explain_refuses_what_does_not_fit() -> None:
+    packed = sk.pack(torch.eye(64), "2:4")
+    with pytest.raises(ValueError, match="n=32, the packed weight has n=64"):
+        sk.explain(packed, m=1, n=32)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16, the packed weight"):
+        sk.explain(packed, m=1, dtype=torch.float16)
+    with pytest.raises(ValueError, match="a pattern alone has no size; pass n= and k="):
+        sk.explain("2:4", m=1, n=4)
+    with pytest.raises(ValueError, match="expected m >= 0, n >= 1 and k >= 1, got m=-1"):
+        sk.explain("2:4", m=-1, n=4, k=4)
+
+
+def test_the_kernel_forced_by_the_environment_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = sk.pack(torch.eye(64), "2:4", target="reference")
+    monkeypatch.setenv("SPARSEKIT_KERNEL", "matmul_bsr_f32_scalar")
+    _native.reload_environment()
+    try:
+        with pytest.raises((ValueError, NotImplementedError), match="matmul_bsr_f32_scalar"):
+            sk.linear(torch.ones(1, 64), packed)
+        assert "SPARSEKIT_KERNEL is set" in doctor()
+    finally:
+        monkeypatch.delenv("SPARSEKIT_KERNEL")
+        _native.reload_environment()
+    assert torch.equal(sk.linear(torch.ones(1, 64), packed), torch.ones(1, 64))
+
+
+def test_a_lower_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEKIT_ISA", "scalar")
+    _native.reload_environment()
+    try:
+        assert {k.arch for k in sk.kernels() if k.available} == {"scalar"}
+        assert all("SPARSEKIT_ISA" in k.reason or k.reason for k in sk.kernels())
+        packed = sk.pack(torch.eye(64), "2:4")
+        answer = sk.explain(packed, m=1)
+        assert answer.chosen is not None
+        assert answer.chosen.kernel == "matmul_nm_f32_scalar"
+        assert "scalar" in doctor()
+    finally:
+        monkeypatch.delenv("SPARSEKIT_ISA")
+        _native.reload_environment()
+
+
+def test_doctor_reports_the_machine() -> None:
+    text = doctor()
+    cpu = _native.cpu_info()
+    for expected in (
+        str(cpu["isa"]),
+        torch.__version__,
+        _native.build_info()["compiler"],
+        "GPU",
+        "what will run",
+    ):
+        assert expected in text
+
+
+def test_table_aligns_columns() -> None:
+    assert table(("a", "bb"), [("ccc", "d")]).splitlines() == ["a    bb", "---  --", "ccc  d"]
