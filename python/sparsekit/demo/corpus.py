@@ -171,6 +171,8 @@ def _docstrings(module: str, source: bytes) -> Iterator[Docstring]:
                 query, document = " ".join(query.split()), " ".join(document.split())
                 yield Docstring(name, query, document, len(text), public)
         for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.stmt):
+                continue  # no definition stands inside an expression
             own = getattr(child, "name", None)
             inner = isinstance(node, ast.Module) and not str(own).startswith("_")
             yield from visit(child, f"{name}.{own}" if own else name, inner)
