@@ -9,9 +9,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.case import Case, machine, prepare
 from bench.timing import Rivals, rounds_within, settle, timed_call
 
-# A case whose result is wrong fails before the fixture is used; the failure says enough.
-pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
-
 
 def test_matmul(case: Case, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
     option = request.config.option

@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsekit as sk
+from bench import case as module
+from bench import goals, report
+from bench.case import Case, chosen_cases, kernel_cases, prepare
+from bench.shapes import Shape
+
+SMALL = Shape("test", "small", 64, 96, (3,))
+
+
+def test_names_are_unique() -> None:
+    names = [case.name for case in (*chosen_cases(), *kernel_cases())]
+    assert len(names) == len(set(names))
+
+
+def test_every_kernel_that_can_run_is_measured() -> None:
+    measured = {case.kernel.name for case in kernel_cases() if case.kernel}
+    expected = {k.name for k in sk.kernels() if k.available and k.dtype in ("f32", "bf16")}
+    assert measured == expected
+
+
+@pytest.mark.parametrize("dtype", module.DTYPES)
+@pytest.mark.parametrize("pattern", module.PATTERNS)
+def test_prepare_names_the_kernel_that_runs(pattern: str, dtype: torch.dtype) -> None:
+    prepared = prepare(Case(SMALL, 3, pattern, dtype))
+    weight = sk.pack(torch.randn(64, 96).to(dtype), pattern)
+    chosen = sk.explain(weight, m=3).chosen
+    assert chosen is not None
+    assert prepared.kernel == chosen.kernel
+    assert prepared.ours().shape == (3, 64)
+    assert {"torch", "oneDNN"} <= prepared.dense.keys()
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, packed: sk.PackedWeight, bias: Tensor) -> Tensor:
+        return torch.zeros(x.shape[0], packed.shape[0])
+
+    monkeypatch.setattr(sk, "linear", wrong)
+    with pytest.raises(AssertionError, match="error against float64"):
+        prepare(Case(SMALL, 3, "2:4", torch.float32))
+
+
+def test_goals_are_rows_of_a_table() -> None:
+    row = goals.measure(goals.Goal(Case(SMALL, 3, "2:4", torch.float32), factor=1e9), rounds=1)
+    assert row[:3] == ["m=3 n=64 k=96", "2:4", "f32"]
+    assert row[-2] == "1000000000.00x"
+    assert row[-1].startswith("[red]")
+
+
+def test_the_large_goal_does_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(goals._native, "cpu_info", lambda: {"l3_bytes": 500_000_000})
+    shape = goals._larger_than_cache()
+    assert shape.n * shape.k * 4 * 0.53125 > 500_000_000
+
+
+def test_one_case_from_the_command_to_the_report(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only"]
+    command += [f"--benchmark-json={file}", "--seconds=0", "--threads=1"]
+    command += ["-k", "resnet-50.layer4.conv3-m49-2:4v4-f32"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = report.read(file)
+    (row,) = run.rows
+    assert (row.shape, row.m, row.n, row.k) == ("resnet-50.layer4.conv3", 49, 2048, 512)
+    assert (row.pattern, row.dtype, row.threads) == ("2:4v4", "float32", 1)
+    assert row.rivals_ms.keys() == {"torch", "oneDNN", "onnxruntime", "torch-csr", "torch-bsr16x16"}
+    assert row.gflops == pytest.approx(2e-6 * 49 * 2048 * 512 / row.ms)
