@@ -193,9 +193,7 @@ def test_wrong_masks_are_refused() -> None:
         ValueError, match=r"does not fit 2:4: row 2, columns 4-7 keep 3 of 4.*sparsekit\.mask"
     ):
         sk.pack(weight, "2:4", mask)
-    with pytest.raises(
-        ValueError, match=r"does not fit bsr2x2@1\.0: 2 of 8 blocks"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit bsr2x2@1\.0: 2 of 8 blocks"):
         sk.pack(weight, sk.BlockSparse((2, 2), 1.0), mask)
 
 

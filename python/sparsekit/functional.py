@@ -55,7 +55,8 @@ def linear_packed(
     residual: Tensor | None = None,
 ) -> Tensor:
     """`linear` on the bytes and sizes of a packed weight; what modules call."""
-    if torch.is_autocast_enabled(data.device.type):
+    device = data.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)

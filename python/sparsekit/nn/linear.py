@@ -14,6 +14,9 @@ from sparsekit.functional import linear_packed
 from sparsekit.pack import PackedMeta, PackedWeight, pack
 from sparsekit.patterns import PatternLike
 
+# torch.fx.symbolic_trace records the call instead of looking into its checks.
+torch.fx.wrap("linear_packed")
+
 _CANONICAL = ("values", "indices", "crow_indices")
 
 
