@@ -1,9 +1,9 @@
 // N:M matmul for CPUs, written once for every instruction set (S) and element type (T).
 //
 // Many tokens (tiles.h): one weight is broadcast and meets a vector of tokens of the column it kept.
-//   - rows of their own positions go in pairs: 2 x vectors accumulators, one load of x per multiply-add,
-//     which an AVX-512 core with two load ports can just sustain;
-//   - vectors of 4 rows or more share positions: 4 x vectors accumulators, each load of x serves four rows.
+//   - rows with positions of their own need a load of x per multiply-add, which a core with two load
+//     ports can just sustain;
+//   - vectors of 4 rows or more share positions: each load of x serves four rows.
 // Few tokens (decode, m <= 8): 16 rows lie in the lanes; the weights stream by once, and a permutation
 // with the stored positions as control fetches each row's activation from its group.
 #pragma once
@@ -36,9 +36,9 @@ int64_t position(const uint64_t* words, int64_t slot, int row) {
   return kBits == 2 ? int64_t(words[slot >> 1] >> (shift + 2 * (slot & 1)) & 3) : int64_t(words[slot] >> shift & 15);
 }
 
-// One k block of `kRows` rows: acc[r][token] += W[row + r][..] x. kKept is N when the compiler may know it
-// (2), else 0. kShared: the rows share their positions.
-template <class S, class T, int kRows, int kVectors, int kKept, int kBits, bool kShared>
+// One block of columns for `kRows` rows: acc[r][token] += W[row + r][..] x. Each `kShare` rows share their
+// positions. kKept is N where the compiler may know it (2), else 0.
+template <class S, class T, int kRows, int kShare, int kVectors, int kKept, int kBits>
 void nm_micro(const uint64_t* words, const T* values, int row, int64_t groups, int kept, int group,
               const float* x, float* acc, bool first) {
   using V = typename S::V;
@@ -51,22 +51,15 @@ void nm_micro(const uint64_t* words, const T* values, int row, int64_t groups, i
   int64_t slot = 0;
   for (int64_t g = 0; g < groups; ++g, x += int64_t(group) * kWidth) {
     for (int j = 0; j < n; ++j, ++slot) {
-      if (kShared) {
-        const float* from = x + position<kBits>(words, slot, row) * kWidth;
-        V w[kRows];
-        for (int r = 0; r < kRows; ++r) w[r] = broadcast_weight<S>(values, slot, row + r);
+#pragma GCC unroll 8
+      for (int q = 0; q < kRows; q += kShare) {
+        const float* from = x + position<kBits>(words, slot, row + q) * kWidth;
+        V w[kShare];
+        for (int r = 0; r < kShare; ++r) w[r] = broadcast_weight<S>(values, slot, row + q + r);
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i) {
           const V v = S::load(from + i * L);
-          for (int r = 0; r < kRows; ++r) sum[r][i] = S::fma(w[r], v, sum[r][i]);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const float* from = x + position<kBits>(words, slot, row + r) * kWidth;
-          const V w = broadcast_weight<S>(values, slot, row + r);
-#pragma GCC unroll 16
-          for (int i = 0; i < kVectors; ++i) sum[r][i] = S::fma(w, S::load(from + i * L), sum[r][i]);
+          for (int r = 0; r < kShare; ++r) sum[q + r][i] = S::fma(w[r], v, sum[q + r][i]);
         }
       }
     }
@@ -82,11 +75,17 @@ inline void prefetch(const void* base, int64_t from, int64_t to) {
   for (int64_t at = from & -64; at < to; at += 64) __builtin_prefetch(static_cast<const char*>(base) + at, 0, 2);
 }
 
+// Tile widths that fill the registers without spilling, and rows at a time: a narrow tile takes more
+// rows, for enough independent sums to hide the latency of a multiply-add.
 template <class S>
-struct NmTiles {  // tile widths that fill the registers without spilling
-  static constexpr int kPairVectors = S::kRegisters == 32 ? 8 : 6;
-  static constexpr int kQuadVectors = S::kRegisters == 32 ? 6 : 2;
-};
+constexpr int nm_max_vectors(int share) {
+  return S::kRegisters == 32 ? (share == 1 ? 8 : 6) : (share == 1 ? 6 : 2);
+}
+template <class S>
+constexpr int nm_rows_at_once(int share, int vectors) {
+  if (share == 4) return vectors <= (S::kRegisters == 32 ? 3 : 1) ? 8 : 4;
+  return vectors <= (S::kRegisters == 32 ? 2 : 1) ? 8 : vectors <= (S::kRegisters == 32 ? 4 : 2) ? 4 : 2;
+}
 
 template <class S, class T>
 class NmTileKernel {
@@ -94,13 +93,12 @@ class NmTileKernel {
   explicit NmTileKernel(const PackedWeight& weight)
       : h_(*weight.header), r_(nm_rows16(h_)), words_(weight.indices<uint64_t>()), values_(weight.values<T>()) {}
 
-  bool shared() const { return h_.pattern.vector >= 4; }
+  int share() const { return h_.pattern.vector >= 4 ? 4 : 1; }
 
   TileShape shape() const {
     const int64_t step = h_.pattern.group * (h_.pattern.kept % 2 ? 2 : 1);  // blocks start at an even slot
-    const int64_t cache = cpu_info().l1d_bytes / (shared() ? 2 : 2);
-    return {shared() ? NmTiles<S>::kQuadVectors : NmTiles<S>::kPairVectors, r_.panels, kRows16,
-            r_.groups * h_.pattern.group, step, 2, cache};
+    return {nm_max_vectors<S>(share()), r_.panels, kRows16, r_.groups * h_.pattern.group, step, 2,
+            cpu_info().l1d_bytes / 2};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
@@ -112,7 +110,7 @@ class NmTileKernel {
     const Micro* micro = table()[size_t(vectors - 1)];
     const int64_t group0 = column0 / h_.pattern.group, groups = (column1 - column0) / h_.pattern.group;
     const int64_t slot0 = group0 * h_.pattern.kept, word0 = h_.pattern.group <= 4 ? slot0 / 2 : slot0;
-    const int rows = shared() ? 4 : 2;
+    const int rows = nm_rows_at_once<S>(share(), vectors);
     for (int64_t p = panel0; p < panel1; ++p) {
       const uint64_t* words = words_ + p * r_.words + word0;
       const T* values = values_ + (p * r_.pairs * 2 + slot0) * kRows16;
@@ -127,24 +125,21 @@ class NmTileKernel {
 
  private:
   using Micro = void(const uint64_t*, const T*, int, int64_t, int, int, const float*, float*, bool);
-  static constexpr int kWidest = NmTiles<S>::kPairVectors;
-  using Table = std::array<Micro*, size_t(kWidest)>;
+  using Table = std::array<Micro*, 8>;
 
-  template <int kRows, int kKept, int kBits, bool kShared, int... kIndex>
+  template <int kShare, int kKept, int kBits, int... kIndex>
   static Table make(std::integer_sequence<int, kIndex...>) {
-    return {&nm_micro<S, T, kRows, kIndex + 1, kKept, kBits, kShared>...};
+    return {&nm_micro<S, T, nm_rows_at_once<S>(kShare, kIndex + 1), kShare, kIndex + 1, kKept, kBits>...};
   }
   // The three cases worth a body of their own: 2 of 4, other N of M <= 4, and M of 8 or 16.
-  template <int kRows, int kVectors, bool kShared>
+  template <int kShare>
   Table pick() const {
-    const std::make_integer_sequence<int, kVectors> widths{};
-    if (h_.pattern.group > 4) return make<kRows, 0, 4, kShared>(widths);
-    if (h_.pattern.kept == 2) return make<kRows, 2, 2, kShared>(widths);
-    return make<kRows, 0, 2, kShared>(widths);
+    const std::make_integer_sequence<int, nm_max_vectors<S>(kShare)> widths{};
+    if (h_.pattern.group > 4) return make<kShare, 0, 4>(widths);
+    if (h_.pattern.kept == 2) return make<kShare, 2, 2>(widths);
+    return make<kShare, 0, 2>(widths);
   }
-  Table table() const {
-    return shared() ? pick<4, NmTiles<S>::kQuadVectors, true>() : pick<2, NmTiles<S>::kPairVectors, false>();
-  }
+  Table table() const { return share() == 4 ? pick<4>() : pick<1>(); }
 
   const PackedHeader& h_;
   NmRows16 r_;
@@ -274,25 +269,26 @@ inline double weight_bytes(const Problem& p) {
   return double(p.n) * double(p.k) * p.kept_share() * (dtype_size(p.dtype) + 0.25);
 }
 
-// Multiply-adds of whole vectors at 4 cycles a nanosecond and `per_cycle` of them, plus the panels.
+// Multiply-adds of whole vectors at 4 GHz and `per_cycle` of them, plus building and emptying the panels.
+// A narrow tile reads the weights at no more than 8 bytes a nanosecond and core.
 template <class S>
 double tile_cost_us(const Problem& p, double per_cycle) {
   const double vectors = double(ceil_div(p.m, S::kLanes));
   const double fma = vectors * double(p.n) * double(p.k) * p.kept_share() / (per_cycle * 4e3);
   const double panels = vectors * (double(p.k) + double(p.n)) * 1.5e-3;
-  return (std::max(fma, weight_bytes(p) / 12e3) + panels) / p.threads + 3;
+  return (std::max(fma, weight_bytes(p) / 8e3) + panels) / p.threads + 3;
 }
 
-// Streaming at 16 bytes a nanosecond and core, or the arithmetic of many tokens.
+// Streaming at 22 bytes a nanosecond and core, or the permutations and multiply-adds of many tokens.
 template <class S>
 double decode_cost_us(const Problem& p) {
-  const double fma = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes / 4e3;
-  return std::max(weight_bytes(p) / 16e3, fma) / p.threads + 2;
+  const double steps = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
+  return std::max(weight_bytes(p) / 22e3, steps / (S::kLanes == 16 ? 1.2e3 : 1.8e3)) / p.threads + 2;
 }
 
 template <class S>
 double nm_cost_us(const Problem& p) {
-  return tile_cost_us<S>(p, p.pattern.vector >= 4 ? 1.8 : 1.5);
+  return tile_cost_us<S>(p, p.pattern.vector >= 4 ? 1.7 : 1.3);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr uint64_t pair_table() {
   return table;
 }
 
-template <int kRows, int kVectors, bool kShared>
+template <int kRows, int kShare, int kVectors>
 void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x, float* acc,
                bool first) {
   constexpr int kWidth = kVectors * 16;
@@ -32,17 +32,15 @@ void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t group
     for (int i = 0; i < kVectors; ++i) sum[r][i] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * kWidth + i * 16);
   }
   for (int64_t g = 0; g < groups; ++g, x += kPairs * kWidth, values += 2 * kRows16) {
-    const auto from = [&](int r) {
-      const uint64_t nibble = words[g] >> nibble_shift(r) & 15;
-      return x + (kTable >> (4 * nibble) & 15) * kWidth;
-    };
-    const float* at = from(row);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      if (!kShared && r > 0) at = from(row + r);
-      const __m512i w = broadcast_word(values + (row + r) * 2);
+#pragma GCC unroll 8
+    for (int q = 0; q < kRows; q += kShare) {
+      const uint64_t nibble = words[g] >> nibble_shift(row + q) & 15;
+      const float* from = x + (kTable >> (4 * nibble) & 15) * kWidth;
+      for (int r = q; r < q + kShare; ++r) {
+        const __m512i w = broadcast_word(values + (row + r) * 2);
 #pragma GCC unroll 16
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = dot_bf16(w, at + i * 16, sum[r][i]);
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = dot_bf16(w, from + i * 16, sum[r][i]);
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -50,13 +48,16 @@ void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t group
   }
 }
 
+// The dot product's latency is higher than a multiply-add's: at least twelve independent sums.
+constexpr int rows_at_once(int share, int vectors) { return vectors <= 3 ? 8 : vectors <= 5 || share == 4 ? 4 : 2; }
+
 class NmDotKernel {
  public:
   explicit NmDotKernel(const PackedWeight& weight)
       : h_(*weight.header), r_(nm_rows16(h_)), words_(weight.indices<uint64_t>()), values_(weight.values<bf16>()) {}
 
   TileShape shape() const {
-    return {shared() ? 6 : 8, r_.panels, kRows16, r_.groups * 4, 4, kPairs * 2 / 4, cpu_info().l1d_bytes * 2 / 3};
+    return {share() == 4 ? 6 : 8, r_.panels, kRows16, r_.groups * 4, 4, kPairs * 2 / 4, cpu_info().l1d_bytes * 2 / 3};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
@@ -75,9 +76,9 @@ class NmDotKernel {
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x, int vectors,
                float* acc) const {
     const int64_t group0 = column0 / 4, groups = (column1 - column0) / 4;
-    const int rows = shared() ? 4 : 2;
-    Micro* const micro = (shared() ? make<4, true>(std::make_integer_sequence<int, 8>{})
-                                   : make<2, false>(std::make_integer_sequence<int, 8>{}))[size_t(vectors - 1)];
+    const int rows = rows_at_once(share(), vectors);
+    Micro* const micro = (share() == 4 ? make<4>(std::make_integer_sequence<int, 6>{})
+                                       : make<1>(std::make_integer_sequence<int, 8>{}))[size_t(vectors - 1)];
     for (int64_t p = panel0; p < panel1; ++p) {
       const uint64_t* words = words_ + p * r_.words + group0;
       const bf16* values = values_ + (p * r_.pairs + group0) * 2 * kRows16;
@@ -93,11 +94,11 @@ class NmDotKernel {
  private:
   using Micro = void(const uint64_t*, const bf16*, int, int64_t, const float*, float*, bool);
 
-  template <int kRows, bool kShared, int... kIndex>
+  template <int kShare, int... kIndex>
   static std::array<Micro*, 8> make(std::integer_sequence<int, kIndex...>) {
-    return {&dot_micro<kRows, kIndex + 1, kShared>...};
+    return {&dot_micro<rows_at_once(kShare, kIndex + 1), kShare, kIndex + 1>...};
   }
-  bool shared() const { return h_.pattern.vector >= 4; }
+  int share() const { return h_.pattern.vector >= 4 ? 4 : 1; }
 
   const PackedHeader& h_;
   NmRows16 r_;
