@@ -203,6 +203,18 @@ def test_inputs_too_alike_are_named():
     prune(model, "2:4", "wanda", calibration=[x], dampening=1e-30, progress=False)  # no inverse
 
 
+def test_an_error_on_the_way_gives_the_model_back_in_order():
+    model = small().train()
+    batches = batches_of()
+    batches[1][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="inputs of layer '0' hold NaN"):
+        prune(model, "2:4", "wanda", calibration=batches, progress=False)
+    for module in model.modules():
+        assert module.training
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
 def test_a_weight_two_layers_share_is_pruned_once_for_both_inputs():
     class Tied(nn.Module):
         def __init__(self):

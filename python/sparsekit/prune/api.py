@@ -67,7 +67,8 @@ def prune(
     Raises:
         ValueError: unknown method or reconstruction, calibration missing where it is needed,
             empty, exhausted or not made of batches, no layer to prune, a weight that is empty
-            or holds NaN or infinities, calibration inputs that do.
+            or holds NaN or infinities: the model is as before. Inputs of a layer that hold NaN
+            or infinities, or cannot be inverted: the layers before it are pruned already.
     """
     started = time.perf_counter()
     chosen_method = _lookup(METHODS, method, "method")
