@@ -41,7 +41,7 @@ class Effort:
     """How much time the demo spends where.
 
     Attributes:
-        calibration_texts: Most texts that pruning sees.
+        calibration_texts: About how many texts pruning sees.
         recovery_steps: Distillation steps, of 32 texts each.
         recovery_seconds: Distillation ends after this time at the latest.
         rounds: Timed rounds by batch size.
@@ -55,7 +55,7 @@ class Effort:
     compile_models: bool
 
 
-_FULL = Effort(512, 240, 110.0, {1: 30, 32: 9}, True)
+_FULL = Effort(300, 160, 110.0, {1: 30, 32: 9}, True)
 _QUICK = Effort(64, 8, 12.0, {1: 5, 32: 3}, False)
 
 
@@ -193,8 +193,9 @@ class _Demo:
     def _prune(
         self, student: nn.Module, dense: nn.Module, texts: corpus.Corpus
     ) -> tuple[PruneReport, DistillReport]:
-        seen = [part for doc in texts.calibration for part in (doc.query, doc.document)]
-        seen = seen[: self.effort.calibration_texts]
+        # Evenly over the names, so that no module is left out.
+        seen = [doc.text for doc in texts.calibration]
+        seen = seen[:: max(1, round(len(seen) / self.effort.calibration_texts))]
         self.calibration_texts = len(seen)
         with self._stage("pruning"):
             pruning = prune(
