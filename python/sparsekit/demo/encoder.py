@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,23 @@ def load_tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(model_dir(), local_files_only=True)
 
 
+def _hide_broken_torchvision() -> None:
+    """Keeps transformers from a torchvision that cannot be imported.
+
+    One built for another torch (a CUDA wheel beside a CPU torch) raises, and transformers, which
+    imports it where it is installed, fails with it. The encoder has no use for it.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except RuntimeError:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
 def _transformers() -> Any:
     require("transformers")
+    _hide_broken_torchvision()
     use_offline()
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
