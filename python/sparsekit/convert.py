@@ -191,7 +191,7 @@ def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """For every module all its (parent, attribute) places; a shared module has several."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
     return places
 
@@ -369,7 +369,8 @@ def _convert_layer(
     for parent, attribute in parents[id(dense)]:
         setattr(parent, attribute, sparse)
     if plan:
-        setattr(plan.parent, plan.attribute, FusedActivation(plan.activation))
+        fused = FusedActivation(plan.activation).train(plan.module.training)
+        setattr(plan.parent, plan.attribute, fused)
     return _row(layer, note + judged.reason, judged, activation)
 
 

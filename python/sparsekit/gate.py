@@ -272,10 +272,10 @@ class VerdictCache:
                 machine: {problem: _verdict(entry) for problem, entry in entries.items()}
                 for machine, entries in content["machines"].items()
             }
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
-            _warn_once(f"the verdict cache {self.path} cannot be read ({error.strerror})")
+            self._warn_unusable(error)
         except (ValueError, KeyError, TypeError, AttributeError):
             _warn_once(f"the verdict cache {self.path} is damaged and will be written anew")
         return {}
@@ -296,10 +296,13 @@ class VerdictCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _replace_text(self.path, json.dumps(content, indent=1))
         except OSError as error:
-            _warn_once(
-                f"the verdict cache {self.path} cannot be written ({error.strerror}); layers are "
-                "measured again in every process. Set XDG_CACHE_HOME to a writable folder."
-            )
+            self._warn_unusable(error)
+
+    def _warn_unusable(self, error: OSError) -> None:
+        _warn_once(
+            f"the verdict cache {self.path} cannot be used ({error.strerror}); layers are measured "
+            "again in every process. Set XDG_CACHE_HOME to a writable folder."
+        )
 
 
 def machine_fingerprint() -> str:
@@ -345,4 +348,4 @@ def _replace_text(path: Path, text: str) -> None:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

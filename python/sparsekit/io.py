@@ -188,7 +188,7 @@ class _File:
             if activation not in ACTIVATIONS[1:]:
                 raise self.error(f"fuses an unknown activation {activation!r} at {name!r}")
         for name, source in self.tied.items():
-            if name in self.names or source not in self.names:
+            if name in self.names or not isinstance(source, str) or source not in self.names:
                 raise self.error(f"ties {name!r} to {source!r}, which does not fit its tensors")
         for name, entry in self.layers.items():
             for part in entry.parts:
@@ -303,7 +303,8 @@ def load(model: nn.Module, path: PathLike, target: str = "auto") -> None:
             new.bias = modules[name].bias  # the parameter itself, whoever else holds it
             _replace(modules, name, new)
         for name, activation in file.fused.items():
-            _replace(modules, name, FusedActivation(activation))
+            fused = FusedActivation(activation).train(modules[name].training)
+            _replace(modules, name, fused)
 
 
 def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
