@@ -378,18 +378,11 @@ def test_reasons_that_need_no_run() -> None:
         (patched, "its forward method was replaced"),
     ]:
         assert says in refused(layer)
-    assert "torch.float64; there are kernels for" in always_double()
-
-
-def always_double() -> str:
     model = nn.Sequential(nn.Linear(32, 32).double())
-    return always(model, X.double()).rows[0].reason
+    assert "torch.float64; there are kernels for" in always(model, X.double()).rows[0].reason
 
 
-def test_a_dynamically_quantised_layer_is_left_alone() -> None:
-    class Int8(nn.Linear):
-        """As quantisers do it: the class stays a Linear's, the weight is of another dtype."""
-
+def test_a_quantised_layer_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     model[0].weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     report = always(model, None)
@@ -408,9 +401,7 @@ def test_a_layer_that_does_not_run_stays() -> None:
 
 
 def test_without_a_pattern_the_zeros_decide() -> None:
-    model = nn.Sequential(
-        nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
-    )
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     model[1].weight.data *= sk.mask(model[1].weight, "2:4v4")
     model[2].weight.data *= torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) > 0.6
     model[3].weight.data *= sk.mask(model[3].weight, "bsr16x16@0.75")
@@ -558,7 +549,7 @@ def test_wrong_arguments_are_refused() -> None:
 def test_a_weight_that_is_not_finite_is_named_and_nothing_changes() -> None:
     model = two_layers()
     model[2].weight.data[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="layer '2': .* the weight is nan at row 1, column 2"):
+    with pytest.raises(ValueError, match=r"layer '2': .* the weight is nan at row 1, column 2"):
         always(model, X)
     assert type(model[0]) is nn.Linear
 
