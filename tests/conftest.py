@@ -12,7 +12,7 @@ import pytest
 # spin, above all on a busy machine. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 # timm needs torchvision's Python code, which cannot be imported where its native library was built
 # for another torch (a CUDA wheel beside a CPU torch): the operators are missing that it describes.
