@@ -34,8 +34,9 @@ class Canonical:
         shape: (n, k).
         dtype: float32, bfloat16 or float16.
         values: N:M: [n, slots] with slots = ceil(k / M) * N; blocks: [nnzb, rows, cols].
-        indices: N:M: uint8 [ceil(n / vector), ceil(slots * bits / 8)], the position of each kept value
-            in its group, 2 bits wide for M <= 4 and 4 bits above; blocks: int32 [nnzb] block columns.
+        indices: N:M: uint8 [ceil(n / vector), ceil(slots * bits / 8)], the position of each kept
+            value in its group, 2 bits wide for M <= 4 and 4 bits above; blocks: int32 [nnzb], block
+            columns.
         crow_indices: blocks: int32 [ceil(n / rows) + 1]; N:M: None.
     """
 
@@ -81,7 +82,7 @@ class KernelInfo:
 
 @dataclass(frozen=True)
 class Candidate:
-    """How one kernel answers a problem; ``cost_us`` is the cost model's estimate in microseconds."""
+    """How one kernel answers a problem; ``cost_us`` is the cost model's estimate."""
 
     kernel: str
     ok: bool
@@ -108,7 +109,9 @@ def _decode_pattern(code: _PatternTuple, shape: tuple[int, int], nnzb: int) -> P
 
 def _encode_dtype(dtype: torch.dtype) -> int:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}; cast the weight")
+        raise ValueError(
+            f"dtype: expected float32, bfloat16 or float16, got {dtype}; cast the weight"
+        )
     return DTYPES[dtype]
 
 
@@ -138,7 +141,9 @@ def _empty_canonical(
     values = torch.empty(values_bytes // dtype.itemsize, dtype=dtype)
     if isinstance(pattern, NM):
         values = values.view(shape[0], -1)
-        indices = torch.empty(indices_bytes, dtype=torch.uint8).view(-(-shape[0] // pattern.vector), -1)
+        indices = torch.empty(indices_bytes, dtype=torch.uint8).view(
+            -(-shape[0] // pattern.vector), -1
+        )
         return Canonical(pattern, shape, dtype, values, indices, None)
     assert isinstance(pattern, BlockSparse)
     values = values.view(nnzb, *pattern.block_shape)
