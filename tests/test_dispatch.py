@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -70,34 +72,34 @@ def test_explain_refuses_what_does_not_fit() -> None:
         sk.explain("2:4", m=-1, n=4, k=4)
 
 
-def test_the_kernel_forced_by_the_environment_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What a test sets here for the native library does not outlive the test."""
+    with monkeypatch.context() as patch:
+        yield patch
+    _native.reload_environment()
+
+
+def test_the_kernel_forced_by_the_environment_runs(environment: pytest.MonkeyPatch) -> None:
     packed = sk.pack(torch.eye(64), "2:4", target="reference")
-    monkeypatch.setenv("SPARSEKIT_KERNEL", "matmul_bsr_f32_scalar")
-    _native.reload_environment()
-    try:
-        with pytest.raises((ValueError, NotImplementedError), match="matmul_bsr_f32_scalar"):
-            sk.linear(torch.ones(1, 64), packed)
-        assert "SPARSEKIT_KERNEL is set" in doctor()
-    finally:
-        monkeypatch.delenv("SPARSEKIT_KERNEL")
-        _native.reload_environment()
     assert torch.equal(sk.linear(torch.ones(1, 64), packed), torch.ones(1, 64))
-
-
-def test_a_lower_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSEKIT_ISA", "scalar")
+    environment.setenv("SPARSEKIT_KERNEL", "matmul_bsr_f32_scalar")
     _native.reload_environment()
-    try:
-        assert {k.arch for k in sk.kernels() if k.available} == {"scalar"}
-        assert all("SPARSEKIT_ISA" in k.reason or k.reason for k in sk.kernels())
-        packed = sk.pack(torch.eye(64), "2:4")
-        answer = sk.explain(packed, m=1)
-        assert answer.chosen is not None
-        assert answer.chosen.kernel == "matmul_nm_f32_scalar"
-        assert "scalar" in doctor()
-    finally:
-        monkeypatch.delenv("SPARSEKIT_ISA")
-        _native.reload_environment()
+    with pytest.raises((ValueError, NotImplementedError), match="matmul_bsr_f32_scalar"):
+        sk.linear(torch.ones(1, 64), packed)
+    assert "SPARSEKIT_KERNEL is set" in doctor()
+
+
+def test_a_lower_instruction_set_can_be_forced(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("SPARSEKIT_ISA", "scalar")
+    _native.reload_environment()
+    assert {k.arch for k in sk.kernels() if k.available} == {"scalar"}
+    packed = sk.pack(torch.eye(64), "2:4")
+    answer = sk.explain(packed, m=1)
+    assert answer.chosen is not None
+    assert answer.chosen.kernel == "matmul_nm_f32_scalar"
+    assert "SPARSEKIT_ISA is set" in doctor()
+    assert torch.equal(sk.linear(torch.ones(1, 64), packed), torch.ones(1, 64))
 
 
 def test_doctor_reports_the_machine() -> None:

@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 from sparsekit.dispatch import table
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, kernel_for
 from sparsekit.nn import FusedActivation, SparseLinear, fusion
-from sparsekit.pack import DTYPES, PackedWeight, detect
+from sparsekit.pack import DTYPES, PackedWeight, checked_weight
 from sparsekit.patterns import (
+    MIN_DETECTED_SPARSITY,
     Pattern,
     PatternChoice,
+    detect_pattern,
     require_match,
     resolve_pattern,
     select_modules,
@@ -256,22 +258,18 @@ def _module_reason(module: nn.Linear) -> str:
 
 
 def _choose_pattern(layer: _Layer, pattern: PatternChoice | None) -> None:
-    weight = layer.module.weight
-    try:
-        found = detect(weight)  # also refuses weights that are not finite
-    except ValueError as error:
-        raise ValueError(f"convert: layer {layer.name!r}: {error}") from None
+    weight = checked_weight(f"convert: layer {layer.name!r}", layer.module.weight)
     if pattern is not None:
         layer.pattern = resolve_pattern(layer.name, pattern)
         if layer.pattern is None:
             layer.reason = "no pattern was given for it"
         return
-    layer.pattern = found
-    if found is None:
+    layer.pattern = detect_pattern(weight)
+    if layer.pattern is None:
         zeros = 1.0 - weight.count_nonzero().item() / weight.numel()
         layer.reason = (
             f"it is not pruned ({zeros:.0%} zeros)"
-            if zeros < 0.4
+            if zeros < MIN_DETECTED_SPARSITY
             else f"its zeros ({zeros:.0%}) follow no pattern"
         )
 

@@ -177,7 +177,7 @@ def pack(
             mask has another shape or dtype or does not fit the pattern.
     """
     pattern = parse_pattern(pattern)
-    weight = _checked_weight("pack", weight)
+    weight = checked_weight("pack", weight)
     if mask is None:
         mask = weight != 0
         if not pattern.fits(mask):
@@ -203,7 +203,7 @@ def mask(weight: Tensor, pattern: PatternLike) -> Tensor:
     Returns:
         bool `[n, k]`, True = kept.
     """
-    return parse_pattern(pattern).mask(_checked_weight("mask", weight).abs())
+    return parse_pattern(pattern).mask(checked_weight("mask", weight).abs())
 
 
 def detect(weight: Tensor) -> Pattern | None:
@@ -216,10 +216,19 @@ def detect(weight: Tensor) -> Pattern | None:
         The most structured pattern that fits (see `sparsekit.patterns.detect_pattern`), or None
         for a dense weight and for zeros without structure.
     """
-    return detect_pattern(_checked_weight("detect", weight))
+    return detect_pattern(checked_weight("detect", weight))
 
 
-def _checked_weight(what: str, weight: Tensor) -> Tensor:
+def checked_weight(what: str, weight: Tensor) -> Tensor:
+    """A weight that is 2-D, floating-point, not empty and finite, detached.
+
+    Args:
+        what: who asks; begins the message.
+        weight: `[n, k]`.
+
+    Raises:
+        ValueError: it is not; a value that is not finite is named with its place.
+    """
     if not isinstance(weight, Tensor) or weight.layout != torch.strided:
         got = weight.layout if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"{what}: expected a dense tensor as the weight, got {got}")

@@ -148,7 +148,9 @@ def _plans(parent: nn.Module, graph: fx.Graph, wanted: set[int]) -> dict[int, Fu
         if user.op != "call_module" or len(calls[user.target]) != 1:
             continue
         module = parent._modules.get(str(user.target))
-        if module is None or user.args != (nodes[0],) or user.kwargs or has_hooks(module):
+        if module is None or user.args != (nodes[0],) or user.kwargs:
+            continue
+        if has_hooks(module) or "forward" in module.__dict__:
             continue
         name = activation_name(module)
         if name is not None:
