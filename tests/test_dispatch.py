@@ -55,9 +55,9 @@ def test_explain_of_a_packed_weight_uses_its_own_format() -> None:
     assert (answer.n, answer.k, answer.format) == (64, 64, "nm")
     assert answer.chosen is not None
     assert answer.chosen.kernel == "matmul_nm_f32_scalar"
-    refused = [c for c in answer.candidates if not c.ok]
-    assert refused
-    assert all("nm" in c.reason or "f32" in c.reason for c in refused)
+    reasons = {candidate.kernel: candidate.reason for candidate in answer.candidates}
+    assert "reads format bsr, the weight is packed as nm" in reasons["matmul_bsr_f32_scalar"]
+    assert "computes bf16, the problem is f32" in reasons["matmul_nm_bf16_scalar"]
 
 
 def test_explain_refuses_what_does_not_fit() -> None:
