@@ -33,7 +33,7 @@ void layout_bsr_rows(PackedHeader& h) {
   const WeightSizes sizes = weight_sizes(h.pattern, h.dtype, h.n, h.k, h.nnzb);
   SectionCursor cursor;
   h.panel_rows = bsr_panel_rows(h.pattern.block_rows);
-  h.crow_offset = cursor.take(sizes.crow_indices);
+  h.order_offset = cursor.take(sizes.crow_indices);
   h.indices_offset = cursor.take(sizes.indices);
   h.values_offset = cursor.take(sizes.values);
   h.bytes = cursor.end();
@@ -42,14 +42,16 @@ void layout_bsr_rows(PackedHeader& h) {
 void pack_bsr_rows(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
   const int32_t* crow = static_cast<const int32_t*>(w.crow_indices);
   const int32_t* columns = static_cast<const int32_t*>(w.indices);
-  std::memcpy(base + h.crow_offset, crow, size_t(w.crow_indices_bytes));
+  std::memcpy(base + h.order_offset, crow, size_t(w.crow_indices_bytes));
   uint32_t* starts = reinterpret_cast<uint32_t*>(base + h.indices_offset);
-  for (int64_t b = 0; b < h.nnzb; ++b) starts[b] = uint32_t(columns[b]) * uint32_t(h.pattern.block_cols);
+  for (int64_t b = 0; b < h.nnzb; ++b)
+    starts[b] = uint32_t(columns[b]) * uint32_t(h.pattern.block_cols);
   with_element_type(w.dtype, [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(w.values);
     T* to = reinterpret_cast<T*>(base + h.values_offset);
-    for_each_element(h, crow, [&](int64_t canonical, int64_t packed) { to[packed] = from[canonical]; });
+    for_each_element(h, crow,
+                     [&](int64_t canonical, int64_t packed) { to[packed] = from[canonical]; });
   });
 }
 
@@ -64,7 +66,8 @@ void unpack_bsr_rows(const PackedWeight& packed, sk_weight& out) {
     using T = decltype(element);
     const T* from = packed.values<T>();
     T* to = static_cast<T*>(out.values);
-    for_each_element(h, packed.crow(), [&](int64_t canonical, int64_t p) { to[canonical] = from[p]; });
+    for_each_element(h, packed.crow(),
+                     [&](int64_t canonical, int64_t p) { to[canonical] = from[p]; });
   });
 }
 

@@ -10,7 +10,7 @@ void layout_arrays(PackedHeader& h) {
   const WeightSizes sizes = weight_sizes(h.pattern, h.dtype, h.n, h.k, h.nnzb);
   SectionCursor cursor;
   h.panel_rows = 1;
-  h.crow_offset = cursor.take(sizes.crow_indices);
+  h.order_offset = cursor.take(sizes.crow_indices);
   h.indices_offset = cursor.take(sizes.indices);
   h.values_offset = cursor.take(sizes.values);
   h.bytes = cursor.end();
@@ -21,14 +21,14 @@ void copy(void* to, const void* from, int64_t bytes) {
 }
 
 void pack_arrays(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
-  copy(base + h.crow_offset, w.crow_indices, w.crow_indices_bytes);
+  copy(base + h.order_offset, w.crow_indices, w.crow_indices_bytes);
   copy(base + h.indices_offset, w.indices, w.indices_bytes);
   copy(base + h.values_offset, w.values, w.values_bytes);
 }
 
 void unpack_arrays(const PackedWeight& packed, sk_weight& out) {
   const PackedHeader& h = *packed.header;
-  copy(out.crow_indices, packed.base + h.crow_offset, out.crow_indices_bytes);
+  copy(out.crow_indices, packed.base + h.order_offset, out.crow_indices_bytes);
   copy(out.indices, packed.base + h.indices_offset, out.indices_bytes);
   copy(out.values, packed.base + h.values_offset, out.values_bytes);
 }

@@ -1,5 +1,6 @@
 #include "layout/format.h"
 
+#include <cstddef>
 #include <cstring>
 
 namespace sk {
@@ -12,6 +13,17 @@ const Format kFormats[kFormatCount] = {
     {"bsr_rows", SK_FAMILY_BSR, layout_bsr_rows, pack_bsr_rows, unpack_bsr_rows},
 };
 
+// FNV-1a, a word at a time: any change of one word changes it.
+uint64_t checksum(const PackedHeader& header) {
+  uint64_t sum = 0xcbf29ce484222325;
+  for (size_t at = 0; at < offsetof(PackedHeader, checksum); at += 8) {
+    uint64_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(&header) + at, 8);
+    sum = (sum ^ word) * 0x100000001b3;
+  }
+  return sum;
+}
+
 }  // namespace
 
 const Format& format(int id) { return kFormats[id]; }
@@ -22,14 +34,15 @@ int find_format(const char* name) {
     if (name && std::strcmp(name, kFormats[id].name) == 0) return id;
     known += (id ? ", " : "") + std::string(kFormats[id].name);
   }
-  throw Error(SK_INVALID_ARGUMENT, concat("format: expected one of ", known, ", got '", name ? name : "", "'"));
+  throw Error(SK_INVALID_ARGUMENT,
+              concat("format: expected one of ", known, ", got '", name ? name : "", "'"));
 }
 
 PackedHeader make_header(const sk_weight& weight, int format_id) {
   PackedHeader header{};
   header.nnzb = check_weight_sizes(weight);
-  SK_REQUIRE(format(format_id).family == weight.pattern.family, "pack: format ", format(format_id).name,
-             " does not hold the pattern ", pattern_name(weight.pattern));
+  SK_REQUIRE(format(format_id).family == weight.pattern.family, "pack: format ",
+             format(format_id).name, " does not hold the pattern ", pattern_name(weight.pattern));
   header.magic = kPackedMagic;
   header.format = format_id;
   header.pattern = weight.pattern;
@@ -38,6 +51,7 @@ PackedHeader make_header(const sk_weight& weight, int format_id) {
   header.n = weight.n;
   header.k = weight.k;
   format(format_id).layout(header);
+  header.checksum = checksum(header);
   return header;
 }
 
@@ -46,8 +60,8 @@ void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes) {
   const PackedHeader header = make_header(weight, format_id);
   SK_REQUIRE(buffer && reinterpret_cast<uintptr_t>(buffer) % kAlignment == 0,
              "pack: expected a buffer aligned to ", kAlignment, " bytes");
-  SK_REQUIRE(bytes == header.bytes, "pack: format ", format(format_id).name, " takes ", header.bytes,
-             " bytes here, got ", bytes);
+  SK_REQUIRE(bytes == header.bytes, "pack: format ", format(format_id).name, " takes ",
+             header.bytes, " bytes here, got ", bytes);
   std::memset(buffer, 0, size_t(bytes));
   std::memcpy(buffer, &header, sizeof header);
   format(format_id).pack(weight, header, static_cast<uint8_t*>(buffer));
@@ -58,24 +72,34 @@ PackedWeight open_packed(const void* buffer, int64_t bytes) {
              "packed weight: expected a buffer aligned to ", kAlignment, " bytes");
   SK_REQUIRE(bytes >= kHeaderBytes, "packed weight: ", bytes, " bytes are too few for a header");
   const auto* header = static_cast<const PackedHeader*>(buffer);
-  SK_REQUIRE(header->magic == kPackedMagic, "packed weight: not a buffer written by sk_pack of this version");
-  SK_REQUIRE(header->format >= 0 && header->format < kFormatCount, "packed weight: unknown format ", header->format);
+  SK_REQUIRE(header->magic == kPackedMagic,
+             "packed weight: not a buffer written by sk_pack of this version");
+  SK_REQUIRE(header->checksum == checksum(*header),
+             "packed weight: the header is damaged; pack the weight again");
+  SK_REQUIRE(header->format >= 0 && header->format < kFormatCount, "packed weight: unknown format ",
+             header->format);
   const Format& f = format(header->format);
-  SK_REQUIRE(f.family == header->pattern.family, "packed weight: format ", f.name, " with the wrong pattern");
+  SK_REQUIRE(f.family == header->pattern.family, "packed weight: format ", f.name,
+             " with the wrong pattern");
   PackedHeader expected = *header;
   f.layout(expected);
   SK_REQUIRE(std::memcmp(&expected, header, sizeof expected) == 0 && header->bytes <= bytes,
-             "packed weight: the header's sizes do not belong together or the buffer is cut at ", bytes, " bytes");
+             "packed weight: the header's sizes do not belong together or the buffer is cut at ",
+             bytes, " bytes");
   return {header, static_cast<const uint8_t*>(buffer)};
 }
 
 void unpack(const PackedWeight& packed, sk_weight& out) {
   const PackedHeader& h = *packed.header;
-  out.pattern = h.pattern;
-  out.dtype = h.dtype;
-  out.n = h.n;
-  out.k = h.k;
-  SK_REQUIRE(check_weight_sizes(out) == h.nnzb, "unpack: the arrays hold another number of blocks than ", h.nnzb);
+  sk_weight weight = out;  // a refusal leaves `out` as it was
+  weight.pattern = h.pattern;
+  weight.dtype = h.dtype;
+  weight.n = h.n;
+  weight.k = h.k;
+  const int64_t nnzb = check_weight_sizes(weight);
+  SK_REQUIRE(nnzb == h.nnzb, "unpack: the packed weight has ", h.nnzb, " blocks, the arrays hold ",
+             nnzb);
+  out = weight;
   format(h.format).unpack(packed, out);
 }
 

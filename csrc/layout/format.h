@@ -17,11 +17,12 @@ struct PackedHeader {
   int32_t dtype;
   int32_t panel_rows;  // rows that are stored interleaved; 1 for canonical formats
   int64_t n, k;
-  int64_t nnzb;                                              // BSR
-  int64_t crow_offset, indices_offset, values_offset;  // bytes from the header; crow: BSR only
-  int64_t bytes;                                             // the whole buffer
+  int64_t nnzb;                                         // BSR
+  int64_t order_offset, indices_offset, values_offset;  // bytes from the header; crow: BSR only
+  int64_t bytes;                                        // the whole buffer
+  uint64_t checksum;                                    // of all before it
 };
-static_assert(sizeof(PackedHeader) <= 128, "the first section starts at byte 128");
+static_assert(sizeof(PackedHeader) == 104, "no padding: headers are compared and summed as bytes");
 constexpr int64_t kHeaderBytes = 128;
 
 // A packed buffer whose header has been checked.
@@ -41,7 +42,7 @@ struct PackedWeight {
   const T* indices() const {
     return section<T>(header->indices_offset);
   }
-  const int32_t* crow() const { return section<int32_t>(header->crow_offset); }
+  const int32_t* crow() const { return section<int32_t>(header->order_offset); }
 };
 
 // One format: how large, how to write, how to read back.
@@ -64,7 +65,8 @@ int find_format(const char* name);  // throws ValueError naming the known ones
 PackedHeader make_header(const sk_weight& weight, int format_id);
 void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes);
 void unpack(const PackedWeight& packed, sk_weight& out);
-// Checks size, alignment, magic and that the header's numbers belong together.
+// Checks size, alignment, magic, checksum and that the header's numbers belong together. The
+// sections are trusted: packed buffers never leave the process, files hold the canonical form.
 PackedWeight open_packed(const void* buffer, int64_t bytes);
 
 // The formats' own functions, defined in the file of each.

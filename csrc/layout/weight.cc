@@ -7,6 +7,7 @@ namespace sk {
 namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 31;  // per dimension: offsets of a panel stay in 32 bits
+constexpr int64_t kMaxElements = int64_t{1} << 48;  // n * k: no size of any format overflows
 
 int64_t read_crow(const sk_weight& w, int64_t row) {
   return static_cast<const int32_t*>(w.crow_indices)[row];
@@ -30,9 +31,9 @@ void compress_nm(const T* dense, int64_t row_stride, const uint8_t* mask, sk_wei
         for (int64_t c = 0; c < width; ++c) kept[size_t(c)] |= mask[row * out.k + col0 + c] != 0;
       }
       for (int flag : kept) count += flag;
-      SK_REQUIRE(count <= p.kept, "mask: does not fit ", pattern_name(p), ": rows ", row0, " to ", row1 - 1,
-                 ", columns ", col0, " to ", col0 + width - 1, " keep ", count, " positions, at most ", p.kept,
-                 " are allowed; make the mask with sparsekit.mask");
+      SK_REQUIRE(count <= p.kept, "mask: does not fit ", pattern_name(p), ": rows ", row0, " to ",
+                 row1 - 1, ", columns ", col0, " to ", col0 + width - 1, " keep ", count,
+                 " positions, at most ", p.kept, " are allowed; make the mask with sparsekit.mask");
       for (int c = 0; count < p.kept; ++c) {  // fill up with zeros at the lowest free positions
         if (!kept[size_t(c)]) kept[size_t(c)] = 2, ++count;
       }
@@ -66,7 +67,8 @@ void compress_bsr(const T* dense, int64_t row_stride, const uint8_t* mask, sk_we
       const int64_t col0 = bc * p.block_cols, col1 = std::min(out.k, col0 + p.block_cols);
       bool any = false;
       for (int64_t row = row0; row < row1 && !any; ++row) {
-        any = std::any_of(mask + row * out.k + col0, mask + row * out.k + col1, [](uint8_t b) { return b != 0; });
+        any = std::any_of(mask + row * out.k + col0, mask + row * out.k + col1,
+                          [](uint8_t b) { return b != 0; });
       }
       if (!any) continue;
       SK_REQUIRE(block < capacity, "compress: the mask keeps more blocks than the ", capacity,
@@ -82,8 +84,8 @@ void compress_bsr(const T* dense, int64_t row_stride, const uint8_t* mask, sk_we
     }
     crow[br + 1] = int32_t(block);
   }
-  SK_REQUIRE(block == capacity, "compress: the mask keeps ", block, " blocks, the arrays hold ", capacity,
-             "; size them with sk_count_blocks");
+  SK_REQUIRE(block == capacity, "compress: the mask keeps ", block, " blocks, the arrays hold ",
+             capacity, "; size them with sk_count_blocks");
 }
 
 template <class T>
@@ -94,7 +96,8 @@ void decompress_nm(const sk_weight& w, T* dense, int64_t row_stride) {
   for (int64_t row = 0; row < w.n; ++row) {
     const uint8_t* positions = indices + row / w.pattern.vector * g.index_row_bytes;
     for (int64_t slot = 0; slot < g.slots; ++slot) {
-      const int64_t col = slot / w.pattern.kept * w.pattern.group + read_index(positions, slot, g.index_bits);
+      const int64_t col =
+          slot / w.pattern.kept * w.pattern.group + read_index(positions, slot, g.index_bits);
       if (col < w.k) dense[row * row_stride + col] = values[row * g.slots + slot];
     }
   }
@@ -130,11 +133,13 @@ Geometry geometry(const sk_pattern& p, int dtype, int64_t n, int64_t k) {
   dtype_size(dtype);
   SK_REQUIRE(n >= 1 && k >= 1 && n < kMaxSize && k < kMaxSize,
              "weight: expected n and k from 1 to 2^31 - 1, got n=", n, ", k=", k);
+  SK_REQUIRE(n * k <= kMaxElements, "weight: expected at most 2^48 elements, got n=", n, ", k=", k);
   Geometry g;
   if (p.family == SK_FAMILY_NM) {
     SK_REQUIRE(p.group == 2 || p.group == 4 || p.group == 8 || p.group == 16,
                "N:M pattern: expected M in 2, 4, 8, 16, got ", p.group);
-    SK_REQUIRE(p.kept >= 1 && p.kept < p.group, "N:M pattern: expected 1 <= N < M, got ", p.kept, ":", p.group);
+    SK_REQUIRE(p.kept >= 1 && p.kept < p.group, "N:M pattern: expected 1 <= N < M, got ", p.kept,
+               ":", p.group);
     SK_REQUIRE(p.vector == 1 || p.vector == 4 || p.vector == 8 || p.vector == 16,
                "N:M pattern: expected a vector of 1, 4, 8 or 16 rows, got ", p.vector);
     g.groups = ceil_div(k, p.group);
@@ -143,9 +148,11 @@ Geometry geometry(const sk_pattern& p, int dtype, int64_t n, int64_t k) {
     g.index_rows = ceil_div(n, p.vector);
     g.index_row_bytes = ceil_div(g.slots * g.index_bits, 8);
   } else {
-    SK_REQUIRE(p.family == SK_FAMILY_BSR, "pattern: expected family nm (0) or bsr (1), got ", p.family);
+    SK_REQUIRE(p.family == SK_FAMILY_BSR, "pattern: expected family nm (0) or bsr (1), got ",
+               p.family);
     SK_REQUIRE(p.block_rows >= 1 && p.block_rows <= 128 && p.block_cols >= 1 && p.block_cols <= 128,
-               "block-sparse pattern: expected block sides from 1 to 128, got ", p.block_rows, "x", p.block_cols);
+               "block-sparse pattern: expected block sides from 1 to 128, got ", p.block_rows, "x",
+               p.block_cols);
     g.block_row_count = ceil_div(n, p.block_rows);
     g.block_col_count = ceil_div(k, p.block_cols);
   }
@@ -159,17 +166,20 @@ WeightSizes weight_sizes(const sk_pattern& p, int dtype, int64_t n, int64_t k, i
   }
   SK_REQUIRE(nnzb >= 0 && nnzb <= std::min(g.block_row_count * g.block_col_count, kMaxSize - 1),
              "bsr: expected 0 to ", g.block_row_count * g.block_col_count, " blocks, got ", nnzb);
-  return {nnzb * p.block_rows * p.block_cols * dtype_size(dtype), nnzb * 4, (g.block_row_count + 1) * 4};
+  return {nnzb * p.block_rows * p.block_cols * dtype_size(dtype), nnzb * 4,
+          (g.block_row_count + 1) * 4};
 }
 
 int64_t check_weight_sizes(const sk_weight& w) {
   const bool bsr = w.pattern.family == SK_FAMILY_BSR;
-  SK_REQUIRE(!bsr || w.indices_bytes % 4 == 0, "bsr: expected int32 col_indices, got ", w.indices_bytes, " bytes");
+  SK_REQUIRE(!bsr || w.indices_bytes % 4 == 0, "bsr: expected int32 col_indices, got ",
+             w.indices_bytes, " bytes");
   const int64_t nnzb = bsr ? w.indices_bytes / 4 : 0;
   const WeightSizes want = weight_sizes(w.pattern, w.dtype, w.n, w.k, nnzb);
   const auto check = [&](const char* name, const void* data, int64_t got, int64_t expected) {
-    SK_REQUIRE(got == expected, "weight: ", name, " of a ", pattern_name(w.pattern), " ", dtype_name(w.dtype),
-               " weight with n=", w.n, ", k=", w.k, " take ", expected, " bytes, got ", got);
+    SK_REQUIRE(got == expected, "weight: ", name, " of a ", pattern_name(w.pattern), " ",
+               dtype_name(w.dtype), " weight with n=", w.n, ", k=", w.k, " take ", expected,
+               " bytes, got ", got);
     SK_REQUIRE(data || expected == 0, "weight: ", name, " is NULL");
   };
   check("values", w.values, w.values_bytes, want.values);
@@ -188,33 +198,37 @@ void validate(const sk_weight& w) {
       const uint8_t* row = indices + v * g.index_row_bytes;
       for (int64_t slot = 0; slot < g.slots; ++slot) {
         const int position = read_index(row, slot, g.index_bits);
-        SK_REQUIRE(position < p.group, "indices: position ", position, " in row ", v, ", slot ", slot,
-                   " is outside its group of ", p.group);
+        SK_REQUIRE(position < p.group, "indices: position ", position, " in row ", v, ", slot ",
+                   slot, " is outside its group of ", p.group);
         SK_REQUIRE(slot % p.kept == 0 || position > read_index(row, slot - 1, g.index_bits),
-                   "indices: positions in row ", v, ", group ", slot / p.kept, " are not ascending");
+                   "indices: positions in row ", v, ", group ", slot / p.kept,
+                   " are not ascending");
       }
     }
     return;
   }
   const int32_t* columns = static_cast<const int32_t*>(w.indices);
   SK_REQUIRE(read_crow(w, 0) == 0, "crow_indices: expected 0 first, got ", read_crow(w, 0));
-  SK_REQUIRE(read_crow(w, g.block_row_count) == nnzb, "crow_indices: expected the number of blocks, ", nnzb,
-             ", last, got ", read_crow(w, g.block_row_count));
+  SK_REQUIRE(read_crow(w, g.block_row_count) == nnzb,
+             "crow_indices: expected the number of blocks, ", nnzb, ", last, got ",
+             read_crow(w, g.block_row_count));
   for (int64_t br = 0; br < g.block_row_count; ++br) {
     const int64_t first = read_crow(w, br), end = read_crow(w, br + 1);
-    SK_REQUIRE(first <= end && end <= nnzb, "crow_indices: block row ", br, " runs from ", first, " to ", end,
-               " of ", nnzb, " blocks");
+    SK_REQUIRE(first <= end && end <= nnzb, "crow_indices: block row ", br, " runs from ", first,
+               " to ", end, " of ", nnzb, " blocks");
     for (int64_t b = first; b < end; ++b) {
-      SK_REQUIRE(columns[b] >= 0 && columns[b] < g.block_col_count, "col_indices: block column ", columns[b],
-                 " in block row ", br, " is outside 0 to ", g.block_col_count - 1);
-      SK_REQUIRE(b == first || columns[b] > columns[b - 1], "col_indices: block row ", br, " is not ascending");
+      SK_REQUIRE(columns[b] >= 0 && columns[b] < g.block_col_count, "col_indices: block column ",
+                 columns[b], " in block row ", br, " is outside 0 to ", g.block_col_count - 1);
+      SK_REQUIRE(b == first || columns[b] > columns[b - 1], "col_indices: block row ", br,
+                 " is not ascending");
     }
   }
 }
 
 int64_t count_blocks(const sk_pattern& p, const uint8_t* mask, int64_t n, int64_t k) {
   const Geometry g = geometry(p, SK_F32, n, k);
-  SK_REQUIRE(p.family == SK_FAMILY_BSR, "count_blocks: expected a block-sparse pattern, got ", pattern_name(p));
+  SK_REQUIRE(p.family == SK_FAMILY_BSR, "count_blocks: expected a block-sparse pattern, got ",
+             pattern_name(p));
   std::vector<uint8_t> hit(size_t(g.block_col_count));
   int64_t total = 0;
   for (int64_t br = 0; br < g.block_row_count; ++br) {
@@ -232,7 +246,8 @@ int64_t count_blocks(const sk_pattern& p, const uint8_t* mask, int64_t n, int64_
 void compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_weight& out) {
   check_weight_sizes(out);
   SK_REQUIRE(dense && mask, "compress: dense and mask may not be NULL");
-  SK_REQUIRE(row_stride >= out.k, "compress: a row stride of ", row_stride, " is less than k=", out.k);
+  SK_REQUIRE(row_stride >= out.k, "compress: a row stride of ", row_stride,
+             " is less than k=", out.k);
   with_element_type(out.dtype, [&](auto element) {
     using T = decltype(element);
     if (out.pattern.family == SK_FAMILY_NM) {
@@ -246,7 +261,8 @@ void compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_wei
 void decompress(const sk_weight& w, void* dense, int64_t row_stride) {
   validate(w);
   SK_REQUIRE(dense, "decompress: dense is NULL");
-  SK_REQUIRE(row_stride >= w.k, "decompress: a row stride of ", row_stride, " is less than k=", w.k);
+  SK_REQUIRE(row_stride >= w.k, "decompress: a row stride of ", row_stride,
+             " is less than k=", w.k);
   with_element_type(w.dtype, [&](auto element) {
     using T = decltype(element);
     T* to = static_cast<T*>(dense);

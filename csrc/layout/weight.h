@@ -10,10 +10,10 @@ namespace sk {
 
 // Sizes that follow from pattern, n and k. NM fields are 0 for BSR and the other way round.
 struct Geometry {
-  int64_t groups = 0;       // of `group` columns, the last one padded
-  int64_t slots = 0;        // kept values per row: groups * kept
-  int index_bits = 0;       // 2 or 4
-  int64_t index_rows = 0;   // rows of the indices array: one per vector
+  int64_t groups = 0;      // of `group` columns, the last one padded
+  int64_t slots = 0;       // kept values per row: groups * kept
+  int index_bits = 0;      // 2 or 4
+  int64_t index_rows = 0;  // rows of the indices array: one per vector
   int64_t index_row_bytes = 0;
   int64_t block_row_count = 0, block_col_count = 0;
 };
@@ -39,7 +39,8 @@ void decompress(const sk_weight& weight, void* dense, int64_t row_stride);
 
 // Position of a slot in its group: entry `slot` of one row of the canonical indices.
 inline int read_index(const uint8_t* row, int64_t slot, int bits) {
-  return bits == 2 ? row[slot >> 2] >> (2 * (slot & 3)) & 3 : row[slot >> 1] >> (4 * (slot & 1)) & 15;
+  return bits == 2 ? row[slot >> 2] >> (2 * (slot & 3)) & 3
+                   : row[slot >> 1] >> (4 * (slot & 1)) & 15;
 }
 inline void write_index(uint8_t* row, int64_t slot, int bits, int position) {
   if (bits == 2) {
@@ -49,7 +50,8 @@ inline void write_index(uint8_t* row, int64_t slot, int bits, int position) {
   }
 }
 
-// Calls f with a value of an unsigned type as wide as the dtype: packers move bits, they never round.
+// Calls f with a value of an unsigned type as wide as the dtype: packers move bits, they never
+// round.
 template <class F>
 void with_element_type(int dtype, F f) {
   if (dtype_size(dtype) == 4) {
