@@ -9,7 +9,7 @@ set(SPARSEKIT_FLAGS_AVX512 ${SPARSEKIT_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512
     -mprefer-vector-width=512)
 # GCC 12 and 13 warn about their own header.
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  list(APPEND SPARSEKIT_FLAGS_AVX512 -Wno-maybe-uninitialized)
+  list(APPEND SPARSEKIT_FLAGS_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized)
 endif()
 set(SPARSEKIT_FLAGS_AVX512BF16 ${SPARSEKIT_FLAGS_AVX512} -mavx512bf16)
 
