@@ -189,6 +189,21 @@ def test_first_violation_of_blocks_counts_them() -> None:
     )
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_cover_is_whole_vectors_and_blocks(spelling: str) -> None:
+    pattern = parse_pattern(spelling)
+    mask = torch.zeros(37, 101, dtype=torch.bool)
+    mask[5, 7] = mask[36, 100] = True
+    cover = pattern.cover(mask)
+    height, width = pattern.row_tile, 1 if isinstance(pattern, NM) else pattern.k_tile
+    expected = torch.zeros_like(mask)
+    for row, column in ((5, 7), (36, 100)):
+        top, left = row // height * height, column // width * width
+        expected[top : top + height, left : left + width] = True
+    assert torch.equal(cover, expected)
+    assert torch.equal(pattern.cover(cover), cover)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     spelling=st.sampled_from(SPELLINGS),
@@ -264,6 +279,10 @@ def test_require_match_lists_some_names() -> None:
 # --- recognising ------------------------------------------------------------------------------
 
 DETECTED = [
+    "2:8",
+    "5:16",
+    "3:16v4",
+    "1:8v16",
     "1:4",
     "2:4",
     "4:8",
@@ -325,6 +344,17 @@ def test_detect_finds_nothing() -> None:
     assert detect_pattern(unstructured) is None
     with pytest.raises(ValueError, match=r"expected a weight of shape \[n, k\], got \[2, 2, 2\]"):
         detect_pattern(torch.zeros(2, 2, 2))
+
+
+def test_detect_takes_the_usual_spelling_of_equal_patterns() -> None:
+    assert detect_pattern(pruned("1:2", 64, 64)) == NM(2, 4)
+    assert detect_pattern(pruned("8:16", 256, 64)) == NM(8, 16)
+
+
+def test_detect_accepts_a_usual_pattern_with_zeros_to_spare() -> None:
+    weight = pruned("2:4", 64, 64)
+    weight *= torch.rand(64, 64, generator=torch.Generator().manual_seed(1)) > 0.3
+    assert detect_pattern(weight) == NM(2, 4)
 
 
 def test_detect_of_all_zeros_is_a_block_pattern() -> None:

@@ -137,7 +137,7 @@ def doctor() -> str:
     ]
     facts += [
         (f"{variable} is set", value)
-        for variable in ("SPARSEKIT_KERNEL", "SPARSEKIT_ISA", "SPARSEKIT_LOG")
+        for variable in ("SPARSEKIT_KERNEL", "SPARSEKIT_ISA")
         if (value := os.environ.get(variable))
     ]
     width = max(len(name) for name, _ in facts)

@@ -26,6 +26,8 @@ MIN_DETECTED_SPARSITY = 0.4
 # Zero blocks must hold this share of all zeros before they are called the pattern; the rest may be
 # values that became zero by chance (rounding, underflow) inside kept blocks.
 MIN_BLOCK_COVERAGE = 0.99
+# An unusual N:M must not store more than this times the values there are; else it fits by chance.
+MAX_SLACK = 1.15
 
 # Scores are ranked in slabs of about this many elements, so temporaries stay small.
 _SLAB = 1 << 22
@@ -182,10 +184,8 @@ class NM(Pattern):
         rows, columns = mask.shape
         if mask.numel() == 0:
             return None
-        union = _any_rows(mask, self.vector)
-        groups = -(-columns // self.m)
-        padded = nn.functional.pad(union, (0, groups * self.m - columns))
-        counts = padded.view(-1, groups, self.m).sum(2, dtype=torch.int16)
+        counts = _count_groups(_any_rows(mask, self.vector), self.m)
+        groups = counts.shape[1]
         bad = counts > self.n
         if not bool(bad.any()):
             return None
@@ -418,16 +418,17 @@ def _expressions(value: str | Sequence[str] | None) -> list[str] | None:
 
 # --- recognising ------------------------------------------------------------------------------
 
-_DETECTED_NM = ((1, 4), (2, 4), (4, 8))
+_USUAL_NM = ((1, 4), (2, 4), (4, 8))
 _DETECTED_SIDES = (64, 32, 16, 8, 4, 2, 1)
 
 
 def detect_pattern(weight: Tensor) -> Pattern | None:
     """Which pattern the zeros of a weight already follow.
 
-    Tries the most structured first: blocks from 64x64 down to four values; 1:4, 2:4 and 4:8 with
-    vectors of 16 rows down to 4; blocks one column wide (64x1 to 4x1); plain 1:4, 2:4 and 4:8.
-    -0.0 counts as zero.
+    Tries the most structured first: blocks from 64x64 down to four values; N:M with vectors of 16
+    rows down to 4; blocks one column wide (64x1 to 4x1); plain N:M. -0.0 counts as zero. 1:4, 2:4
+    and 4:8 are recognised whenever they fit, any other N:M only if it keeps hardly more than the
+    values there are.
 
     Args:
         weight: `[n, k]`, any floating dtype.
@@ -454,22 +455,32 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     tall = [shape for shape in shapes if shape[1] == 1 and shape[0] >= 4]
     found = _detect_blocks(kept, occupancy, wide, zeros)
     if found is None:
-        found = _detect_nm(kept, (16, 8, 4))
+        found = _detect_nm(kept, (16, 8, 4), zeros)
     if found is None:
         found = _detect_blocks(kept, occupancy, tall, zeros)
     if found is None:
-        found = _detect_nm(kept, (1,))
+        found = _detect_nm(kept, (1,), zeros)
     return found
 
 
-def _detect_nm(kept: Tensor, vectors: Sequence[int]) -> Pattern | None:
-    # Sparsest first: 1:4v8 would also pass as 2:4v16.
-    for n, m in _DETECTED_NM:
-        for vector in vectors:
-            pattern = NM(n, m, vector)
-            if pattern.fits(kept):
-                return pattern
-    return None
+def _detect_nm(kept: Tensor, vectors: Sequence[int], zeros: int) -> Pattern | None:
+    density = 1.0 - zeros / kept.numel()
+    found = []
+    for vector in vectors:
+        union = _any_rows(kept, vector)
+        for m in GROUP_SIZES:
+            n = max(1, int(_count_groups(union, m).max()))
+            usual = next((have for have in _USUAL_NM if have[1] == m and n <= have[0]), None)
+            if n < m and n / m <= density * MAX_SLACK:
+                found.append(NM(n, m, vector))
+            elif usual:
+                found.append(NM(*usual, vector))
+    # The sparsest; of equally sparse ones the usual, the finest group, the longest vector.
+    return min(
+        found,
+        key=lambda p: (p.n / p.m, (p.n, p.m) not in _USUAL_NM, p.m, -p.vector),
+        default=None,
+    )
 
 
 def _detect_blocks(
@@ -564,6 +575,12 @@ def _any_rows(mask: Tensor, tile: int) -> Tensor:
         return mask
     padded = nn.functional.pad(mask, (0, 0, 0, -mask.shape[0] % tile))
     return padded.reshape(-1, tile, mask.shape[1]).any(1)
+
+
+def _count_groups(mask: Tensor, m: int) -> Tensor:
+    """How many of each `m` columns are True, `[rows, groups]`; the last group may hold fewer."""
+    padded = nn.functional.pad(mask, (0, -mask.shape[1] % m))
+    return padded.view(mask.shape[0], -1, m).sum(2, dtype=torch.int16)
 
 
 def _span(what: str, start: int, stop: int) -> str:
