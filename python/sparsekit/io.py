@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
@@ -261,7 +262,7 @@ def _open(path: PathLike) -> Iterator[_File]:
         raise ValueError(f"{path} is damaged or cut off: {error}") from None
 
 
-def load(model: nn.Module, path: PathLike, target: str = "auto") -> None:
+def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool = True) -> None:
     """Load a file into a model of the same architecture, in place.
 
     Layers that are sparse in the file become `SparseLinear`, packed for this machine, with the
@@ -273,6 +274,7 @@ def load(model: nn.Module, path: PathLike, target: str = "auto") -> None:
         model: dense, or converted before; on the CPU.
         path: written by `save` from a model.
         target: what the weights are packed for (see `sparsekit.pack`).
+        progress: show a progress bar if packing takes longer than a second.
 
     Raises:
         ValueError: not a sparsekit file, an unknown version, a damaged or truncated file, indices
@@ -284,7 +286,8 @@ def load(model: nn.Module, path: PathLike, target: str = "auto") -> None:
         _check_modules(modules, file)
         state = _check_tensors(model, file)
         sparse: dict[int, SparseLinear] = {}
-        for name, entry in file.layers.items():
+        bar = tqdm(file.layers.items(), desc="load", unit="layer", delay=1, disable=not progress)
+        for name, entry in bar:
             old = modules[name]
             if id(old) not in sparse:
                 packed = PackedWeight.from_canonical(file.canonical(name), target)
