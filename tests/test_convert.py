@@ -395,12 +395,15 @@ def test_reasons_that_need_no_run() -> None:
 
     hooked = nn.Linear(32, 32)
     hooked.register_forward_hook(lambda *_: None)
+    mixed = nn.Linear(32, 32)
+    mixed.bias.data = mixed.bias.data.bfloat16()
     patched = nn.Linear(32, 32)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     for layer, says in [
         (parametrizations.weight_norm(nn.Linear(32, 32)), "it is parametrised; call torch.nn"),
         (prune.random_unstructured(nn.Linear(32, 32), "weight", 0.5), "its weight is computed"),
         (Special(32, 32), "Special, not a plain nn.Linear"),
+        (mixed, "its bias is torch.bfloat16, its weight torch.float32"),
         (hooked, "it has hooks, which would be lost"),
         (patched, "its forward method was replaced"),
     ]:
@@ -591,6 +594,15 @@ def test_report() -> None:
     assert [row["layer"] for row in rows] == ["0", "2"]
     assert rows[0]["activation"] == "relu"
     assert rows[0]["m"] == [3]
+
+
+def test_biases_stay_the_parameters_they_were() -> None:
+    model = two_layers()
+    biases = [model[0].bias, model[2].bias]
+    model[0].bias.requires_grad_(False)
+    always(model, X)
+    assert [model[0].bias is biases[0], model[2].bias is biases[1]] == [True, True]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["2.bias"]
 
 
 def test_converting_twice_is_harmless() -> None:

@@ -137,7 +137,8 @@ def convert(
         cache: file for the verdicts; None for the user's cache folder.
 
     Returns:
-        The report, one row per `nn.Linear` chosen.
+        The report, one row per `nn.Linear` chosen. Biases stay the parameters they were; weights
+        are frozen from then on.
 
     Raises:
         ValueError: a bad argument, or a weight with NaN or infinity (the model is unchanged then).
@@ -250,6 +251,8 @@ def _module_reason(module: nn.Linear) -> str:
         return f"it is on {weight.device}; the kernels here run on the CPU"
     if weight.numel() == 0:
         return "its weight is empty"
+    if module.bias is not None and module.bias.dtype != weight.dtype:
+        return f"its bias is {module.bias.dtype}, its weight {weight.dtype}"
     if "forward" in module.__dict__:
         return "its forward method was replaced"
     if fusion.has_hooks(module):
@@ -364,6 +367,7 @@ def _convert_layer(
         return _row(layer, str(error))
     if judged.lost:
         return _row(layer, judged.reason, judged)
+    sparse.bias = dense.bias  # the parameter itself, whoever else holds it
     for parent, attribute in parents[id(dense)]:
         setattr(parent, attribute, sparse)
     if plan:
