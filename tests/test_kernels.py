@@ -135,6 +135,16 @@ def test_random_data_is_as_close_as_dense(
 
 
 @each_case
+def test_long_sums_are_as_close_as_dense(kernel: KernelInfo, pattern: str) -> None:
+    for m in (1, 32):
+        if not accepts(kernel, pattern, m, 64, 3072):
+            continue
+        problem = make_problem(m, 64, 3072, pattern, DTYPES[kernel.dtype], seed=m)
+        y = run(kernel, pattern, problem)
+        assert_matmul_close(y, problem.x, problem.weight)
+
+
+@each_case
 def test_rows_may_be_strided(kernel: KernelInfo, pattern: str) -> None:
     for m in (1, 5, 33):
         if not accepts(kernel, pattern, m, 33, 70):
