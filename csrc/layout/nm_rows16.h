@@ -1,28 +1,26 @@
 // Format "nm_rows16": 16 rows side by side, so that one vector register (AVX-512) or two (AVX2, and
 // four on NEON) hold the values of one slot for 16 rows. The CPU's format for every N:M pattern.
 //
-//   indices  uint64 [panels][words]    bits == 2: one word a pair of slots; bits == 4: one word a
-//   slot values   f32:    [panels][pairs][2][16]         slot 2p for 16 rows, then slot 2p + 1
-//            16 bit: [panels][pairs][16][2]         both slots of a row in one 32-bit word
+//   indices  uint64 [panels][words]        bits == 2: one word a pair of slots; bits == 4: one a slot
+//   values   f32:    [panels][pairs][2][16]  slot 2p for 16 rows, then slot 2p + 1
+//            16 bit: [panels][pairs][16][2]  both slots of a row in one 32-bit word
 //
 // A word holds a nibble for each row: row 2i in bits 4i of the low half, row 2i + 1 in bits 4i of
 // the high half, so that broadcasting the word to 64-bit lanes and shifting lane pair i by 4i puts
-// every row's nibble into its own 32-bit lane. bits == 2: the nibble is position(2p) | position(2p
-// + 1) << 2. Slots are padded to an even number, rows to 16: with zeros, at position 0.
+// every row's nibble into its own 32-bit lane. bits == 2: the nibble is position(2p) |
+// position(2p + 1) << 2. Slots are padded to an even number, rows to 16: with zeros, at position 0.
 //
 // 2:4 in f32 without vectors has a third section: in which order to multiply so that two rows share
 // the loads of x. In each block of 64 columns the 16 rows of a panel are matched into pairs that
 // have as many columns in common as every pair of the panel can; the rest of their columns stand
 // alone.
 //
-//   pairs    [panels][blocks of 64 columns][528 bytes]
-//              byte 0       S, columns in common of each pair
-//              byte 8 + 65q pair q = 0 to 7: rows a | b << 4, then S entries in common, then for
-//              the
-//                           other columns an entry of a and an entry of b in turn
-//            entry: column << 2 | slot of a << 1 | slot of b     column in the block (6 bits), slot
-//            in its
-//                                                                group; alone: the slot in bit 1
+//   order    [panels][blocks of 64 columns][528 bytes]
+//              byte 0        S, columns in common of each pair
+//              byte 8 + 65q  pair q = 0 to 7: rows a | b << 4, then S entries in common, then for
+//                            the other columns an entry of a and an entry of b in turn
+//            entry: column << 2 | slot of a << 1 | slot of b
+//                   column in the block (6 bits), slot in its group; alone: the slot in bit 1
 #pragma once
 #include <cstdint>
 
