@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
@@ -44,10 +45,17 @@ void detect_isa(CpuInfo& info) {
   const bool bmi2 = bit(seven.b, 8), avx512f = bit(seven.b, 16), avx512dq = bit(seven.b, 17);
   const bool avx512bw = bit(seven.b, 30), avx512vl = bit(seven.b, 31);
   const bool avx512bf16 = bit(seven_one.a, 5);
-  for (const Feature& f : {Feature{"avx2", avx2}, {"fma", fma}, {"f16c", f16c}, {"bmi2", bmi2},
-                           {"avx512f", avx512f}, {"avx512bw", avx512bw}, {"avx512dq", avx512dq},
-                           {"avx512vl", avx512vl}, {"avx512bf16", avx512bf16},
-                           {"avx512vnni", bit(seven.c, 11)}, {"amx_tile", bit(seven.d, 24)}}) {
+  for (const Feature& f : {Feature{"avx2", avx2},
+                           {"fma", fma},
+                           {"f16c", f16c},
+                           {"bmi2", bmi2},
+                           {"avx512f", avx512f},
+                           {"avx512bw", avx512bw},
+                           {"avx512dq", avx512dq},
+                           {"avx512vl", avx512vl},
+                           {"avx512bf16", avx512bf16},
+                           {"avx512vnni", bit(seven.c, 11)},
+                           {"amx_tile", bit(seven.d, 24)}}) {
     if (f.present) info.features += std::string(info.features.empty() ? "" : " ") + f.name;
   }
   if (os_avx && avx2 && fma && f16c && bmi2) info.detected = Isa::kAvx2;
@@ -79,6 +87,13 @@ CpuInfo detect() {
   info.l2_bytes = size(_SC_LEVEL2_CACHE_SIZE, info.l2_bytes);
   info.l3_bytes = size(_SC_LEVEL3_CACHE_SIZE, info.l3_bytes);
 #endif
+  // sysconf reports the last level of the whole machine; what one core sees stands in sysfs.
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    long kilobytes = 0;
+    if (std::fscanf(file, "%ldK", &kilobytes) == 1 && kilobytes > 0)
+      info.l3_bytes = int64_t(kilobytes) << 10;
+    std::fclose(file);
+  }
   return info;
 }
 
@@ -97,7 +112,8 @@ struct State {
       for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
         if (std::strcmp(cap, isa_name(isa)) == 0) wanted = isa, known = true;
       }
-      SK_REQUIRE(known, "SPARSEKIT_ISA: expected scalar, avx2, avx512 or avx512bf16, got '", cap, "'");
+      SK_REQUIRE(known, "SPARSEKIT_ISA: expected scalar, avx2, avx512 or avx512bf16, got '", cap,
+                 "'");
       if (wanted < info.isa) info.isa = wanted;
     }
     const char* name = std::getenv("SPARSEKIT_KERNEL");
@@ -114,10 +130,14 @@ State& state() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx512Bf16: return "avx512bf16";
-    default: return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+    default:
+      return "scalar";
   }
 }
 

@@ -105,8 +105,8 @@ class Pool {
   bool stop_ = false;
 };
 
-// A forked child has none of its parent's threads: it gets a pool of its own, and the parent's is left
-// alone (its threads cannot be joined there).
+// A forked child has none of its parent's threads: it gets a pool of its own, and the parent's is
+// left alone (its threads cannot be joined there).
 Pool& pool() {
   static std::mutex mutex;
   static std::unique_ptr<Pool> instance;

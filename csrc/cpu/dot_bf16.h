@@ -1,5 +1,5 @@
-// What the AVX512-BF16 kernels share: `vdpbf16ps` adds the products of two neighbouring bf16 pairs to a
-// float, so the panel of activations holds 32-bit words of two columns.
+// What the AVX512-BF16 kernels share: `vdpbf16ps` adds the products of two neighbouring bf16 pairs
+// to a float, so the panel of activations holds 32-bit words of two columns.
 #pragma once
 #include "cpu/simd_avx512.h"
 #include "cpu/tiles.h"
@@ -19,7 +19,8 @@ inline __m512i broadcast_word(const bf16* pair) {
 
 // For each 16 tokens and each pair of columns: emit(pair, vector of tokens, the 16 words).
 template <class Emit>
-void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, Emit emit) {
+void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
+                     Emit emit) {
   for (int i = 0; i < vectors; ++i) {
     const int64_t first = token0 + 16 * int64_t(i);
     const int tokens = int(std::max<int64_t>(0, std::min<int64_t>(16, call.m - first)));
@@ -29,8 +30,10 @@ void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_
       const __mmask32 mask = loaded == 32 ? ~__mmask32(0) : (__mmask32(1) << loaded) - 1;
       __m512 v[16];
       for (int t = 0; t < 16; ++t) {
-        v[t] = t < tokens ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + t * call.x_row_stride + c))
-                          : _mm512_setzero_ps();
+        v[t] =
+            t < tokens
+                ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + t * call.x_row_stride + c))
+                : _mm512_setzero_ps();
       }
       Avx512::transpose(v);
       const int64_t pairs = std::min<int64_t>(16, (columns - c) / 2);

@@ -15,7 +15,8 @@ typename S::V exp(typename S::V x) {
   V r = S::fma(n, S::set1(-0.693359375f), x);  // ln 2 in two parts
   r = S::fma(n, S::set1(2.12194440e-4f), r);
   V p = S::set1(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+  for (float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
     p = S::fma(p, r, S::set1(c));
   }
   p = S::fma(S::mul(p, r), r, S::add(r, S::set1(1.0f)));
@@ -27,15 +28,16 @@ typename S::V sigmoid(typename S::V x) {
   return S::div(S::set1(1.0f), S::add(S::set1(1.0f), exp<S>(S::sub(S::zero(), x))));
 }
 
-// erf as a rational function of degree 11 over 10 with a relative error below 2e-8 up to 3.92, where
-// erf rounds to 1. Coefficients: iteratively reweighted least squares on Chebyshev nodes.
+// erf as a rational function of degree 11 over 10 with a relative error below 2e-8 up to 3.92,
+// where erf rounds to 1. Coefficients: iteratively reweighted least squares on Chebyshev nodes.
 template <class S>
 typename S::V erf(typename S::V x) {
   using V = typename S::V;
   x = S::min(S::max(x, S::set1(-3.92f)), S::set1(3.92f));
   const V t = S::mul(x, x);
   V p = S::set1(2.05017110e-06f);
-  for (float c : {2.84877890e-04f, 3.76530296e-03f, 5.27477529e-02f, 1.90398793e-01f, 1.12837915e+00f}) {
+  for (float c :
+       {2.84877890e-04f, 3.76530296e-03f, 5.27477529e-02f, 1.90398793e-01f, 1.12837915e+00f}) {
     p = S::fma(p, t, S::set1(c));
   }
   V q = S::set1(3.80923431e-05f);
@@ -49,7 +51,8 @@ template <class S>
 typename S::V activate(typename S::V v, int activation) {
   using V = typename S::V;
   switch (activation) {
-    case SK_ACTIVATION_RELU: return S::max(S::zero(), v);  // v second: NaN stays
+    case SK_ACTIVATION_RELU:
+      return S::max(S::zero(), v);  // v second: NaN stays
     case SK_ACTIVATION_GELU: {
       const V half = S::mul(v, S::set1(0.5f));
       return S::fma(half, erf<S>(S::mul(v, S::set1(0.70710678118654752f))), half);
@@ -58,8 +61,10 @@ typename S::V activate(typename S::V v, int activation) {
       const V cube = S::fma(S::mul(S::mul(v, v), v), S::set1(0.044715f), v);
       return S::mul(v, sigmoid<S>(S::mul(cube, S::set1(2 * 0.79788456080286536f))));
     }
-    case SK_ACTIVATION_SILU: return S::mul(v, sigmoid<S>(v));
-    default: return v;
+    case SK_ACTIVATION_SILU:
+      return S::mul(v, sigmoid<S>(v));
+    default:
+      return v;
   }
 }
 

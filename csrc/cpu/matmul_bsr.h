@@ -1,7 +1,9 @@
-// Block-sparse matmul for CPUs, written once for every instruction set (S) and way to multiply (Op).
+// Block-sparse matmul for CPUs, written once for every instruction set (S) and way to multiply
+// (Op).
 //
-// Many tokens (tiles.h): the rows of a panel share their columns, so each load of x serves up to eight
-// rows. Few tokens (decode, m <= 8, panels of 16 rows): rows in the lanes, one broadcast of x a step.
+// Many tokens (tiles.h): the rows of a panel share their columns, so each load of x serves up to
+// eight rows. Few tokens (decode, m <= 8, panels of 16 rows): rows in the lanes, one broadcast of x
+// a step.
 #pragma once
 #include <array>
 #include <cstring>
@@ -22,11 +24,15 @@ struct FmaF32 {
   using Element = float;
   static constexpr int kColumns = 1;
   static constexpr int kFloatsX2 = 2;
-  static typename S::V weight(const float* values, int64_t step, int64_t panel_rows, int row, bool) {
+  static typename S::V weight(const float* values, int64_t step, int64_t panel_rows, int row,
+                              bool) {
     return S::set1(values[step * panel_rows + row]);
   }
-  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) { return S::fma(w, S::load(x), sum); }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) {
+    return S::fma(w, S::load(x), sum);
+  }
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
+                   float* panel) {
     pack_tokens<S, Element>(call, token0, vectors, columns, panel);
   }
 };
@@ -34,27 +40,32 @@ struct FmaF32 {
 template <class S>
 struct FmaBf16 : FmaF32<S> {  // bf16 weights and activations, multiplied in f32
   using Element = bf16;
-  static typename S::V weight(const bf16* values, int64_t step, int64_t panel_rows, int row, bool paired) {
+  static typename S::V weight(const bf16* values, int64_t step, int64_t panel_rows, int row,
+                              bool paired) {
     if (!paired) return S::set1(to_float(values[step * panel_rows + row]));
     int32_t pair;
     std::memcpy(&pair, values + ((step >> 1) * panel_rows + row) * 2, 4);
     return step & 1 ? S::high_bf16(S::set1(pair)) : S::low_bf16(S::set1(pair));
   }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
+                   float* panel) {
     pack_tokens<S, Element>(call, token0, vectors, columns, panel);
   }
 };
 
 // acc[r][token] += W[rows of the panel from `row` on][..] x for the given blocks.
 template <class Op, int kRows, int kVectors>
-void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Element* values, int64_t block_steps,
-               int64_t panel_rows, int row, bool paired, const float* x, int64_t column0, float* acc, bool first) {
+void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Element* values,
+               int64_t block_steps, int64_t panel_rows, int row, bool paired, const float* x,
+               int64_t column0, float* acc, bool first) {
   using S = typename Op::Isa;
   using V = typename S::V;
   constexpr int L = S::kLanes, kWidth = kVectors * L;
   V sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) sum[r][i] = first ? S::zero() : S::load(acc + r * kWidth + i * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = S::zero();
   }
   for (int64_t b = 0; b < blocks; ++b) {
     const float* from = x + (int64_t(starts[b]) - column0) / Op::kColumns * kWidth;
@@ -68,10 +79,13 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
     }
     values += block_steps * Op::kColumns * panel_rows;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) S::store(acc + r * kWidth + i * L, sum[r][i]);
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) add_block<S, kVectors>(acc + r * kWidth, sum[r], first);
 }
+
+// Columns of a block, rounded up to blocks of W. Rows of W share every load of x, so its panel may
+// lie in L2: the block is as long as sums may be.
+constexpr int64_t kBsrBlockColumns = 256;
 
 // Rows at a time and the widest tile for them: what fills the registers without spilling.
 template <class S>
@@ -90,33 +104,41 @@ class BsrTileKernel {
   using T = typename Op::Element;
 
   explicit BsrTileKernel(const PackedWeight& weight)
-      : h_(*weight.header), crow_(weight.crow()), starts_(weight.indices<uint32_t>()), values_(weight.values<T>()) {}
+      : h_(*weight.header),
+        crow_(weight.crow()),
+        starts_(weight.indices<uint32_t>()),
+        values_(weight.values<T>()) {}
 
   TileShape shape() const {
     const int64_t cols = h_.pattern.block_cols;
-    return {bsr_max_vectors<S>(rows()), ceil_div(h_.n, h_.pattern.block_rows), h_.pattern.block_rows,
-            round_up(round_up(h_.k, cols), 2), cols % Op::kColumns ? cols * Op::kColumns : cols, Op::kFloatsX2,
-            cpu_info().l2_bytes / 2};
+    return {bsr_max_vectors<S>(rows()),
+            ceil_div(h_.n, h_.pattern.block_rows),
+            h_.pattern.block_rows,
+            round_up(round_up(h_.k, cols), 2),
+            Op::kFloatsX2,
+            ceil_div(kBsrBlockColumns, 2 * cols) * 2 * cols};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
     Op::pack(call, token0, vectors, shape().columns, panel);
   }
 
-  void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x, int vectors,
-               float* acc) const {
+  void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x,
+               int vectors, float* acc) const {
     const Micro* micro = table()[size_t(vectors - 1)];
-    const int64_t block_rows = h_.pattern.block_rows, cols = h_.pattern.block_cols, panel_rows = h_.panel_rows;
+    const int64_t block_rows = h_.pattern.block_rows, cols = h_.pattern.block_cols,
+                  panel_rows = h_.panel_rows;
     const bool paired = bsr_paired(h_);
     for (int64_t u = unit0; u < unit1; ++u) {
       const uint32_t *row_begin = starts_ + crow_[u], *row_end = starts_ + crow_[u + 1];
       const uint32_t* begin = std::lower_bound(row_begin, row_end, uint32_t(column0));
       const uint32_t* end = std::lower_bound(begin, row_end, uint32_t(column1));
-      const T* values = values_ + crow_[u] * block_rows * cols + (begin - row_begin) * cols * panel_rows;
+      const T* values =
+          values_ + crow_[u] * block_rows * cols + (begin - row_begin) * cols * panel_rows;
       for (int64_t panel = 0; panel < block_rows; panel += panel_rows) {
         for (int row = 0; row < panel_rows; row += rows()) {
-          micro(begin, end - begin, values, cols / Op::kColumns, panel_rows, row, paired, x, column0, acc,
-                column0 == 0);
+          micro(begin, end - begin, values, cols / Op::kColumns, panel_rows, row, paired, x,
+                column0, acc, column0 == 0);
           acc += int64_t(rows()) * vectors * S::kLanes;
         }
         values += (row_end - row_begin) * cols * panel_rows;
@@ -125,8 +147,8 @@ class BsrTileKernel {
   }
 
  private:
-  using Micro = void(const uint32_t*, int64_t, const T*, int64_t, int64_t, int, bool, const float*, int64_t, float*,
-                     bool);
+  using Micro = void(const uint32_t*, int64_t, const T*, int64_t, int64_t, int, bool, const float*,
+                     int64_t, float*, bool);
   using Table = std::array<Micro*, 8>;
 
   int rows() const { return bsr_rows_at_once<S>(h_.panel_rows); }
@@ -141,10 +163,14 @@ class BsrTileKernel {
   }
   Table table() const {
     switch (rows()) {
-      case 8: return pick<bsr_rows_at_once<S>(8)>();
-      case 4: return pick<4>();
-      case 2: return pick<2>();
-      default: return pick<1>();
+      case 8:
+        return pick<bsr_rows_at_once<S>(8)>();
+      case 4:
+        return pick<4>();
+      case 2:
+        return pick<2>();
+      default:
+        return pick<1>();
     }
   }
 
@@ -159,10 +185,12 @@ void run_bsr(const MatmulCall& call) {
   run_tiles<typename Op::Isa, typename Op::Element>(call, BsrTileKernel<Op>(call.weight));
 }
 
-// ---- few tokens: panels of 16 rows in the lanes ------------------------------------------------------
+// ---- few tokens: panels of 16 rows in the lanes
+// ------------------------------------------------------
 
 template <class S, class T, int kTokens>
-void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, int64_t unit0, int64_t unit1) {
+void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, int64_t unit0,
+                     int64_t unit1) {
   using V = typename S::V;
   constexpr int L = S::kLanes;
   constexpr int kChains = kTokens < 4 ? 2 : 1;
@@ -179,9 +207,10 @@ void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, i
         const int64_t row0 = u * rows + panel + half * L;
         const int count = int(std::min<int64_t>(L, call.n - row0));
         if (count <= 0) break;
-        V sum[kTokens][kChains];
-        for (auto& chains : sum) {
-          for (V& v : chains) v = S::zero();
+        V sum[kTokens][kChains], total[kTokens];
+        for (int t = 0; t < kTokens; ++t) {
+          total[t] = S::zero();
+          for (V& v : sum[t]) v = S::zero();
         }
         const T* at = values;
         for (int64_t b = 0; b < blocks; ++b) {
@@ -191,14 +220,16 @@ void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, i
             load_pair<S>(at, half, even, odd);
             for (int t = 0; t < kTokens; ++t) {
               sum[t][0] = S::fma(even, S::set1(from[t * x_stride + c]), sum[t][0]);
-              sum[t][kChains - 1] = S::fma(odd, S::set1(from[t * x_stride + c + 1]), sum[t][kChains - 1]);
+              sum[t][kChains - 1] =
+                  S::fma(odd, S::set1(from[t * x_stride + c + 1]), sum[t][kChains - 1]);
             }
           }
+          // Every 64 columns or so: a total of too many parts rounds as badly as one long sum.
+          if ((b + 1) * cols / 64 != b * cols / 64) flush<S>(sum, total);
         }
+        flush<S>(sum, total);
         const V bias = epilogue.bias(row0, count);
-        for (int t = 0; t < kTokens; ++t) {
-          epilogue.store(kChains == 1 ? sum[t][0] : S::add(sum[t][0], sum[t][kChains - 1]), bias, t, row0, count);
-        }
+        for (int t = 0; t < kTokens; ++t) epilogue.store(total[t], bias, t, row0, count);
       }
     }
   }
@@ -210,20 +241,22 @@ void run_bsr_decode(const MatmulCall& call) {
   const sk_pattern& p = call.weight.header->pattern;
   const int64_t stride = round_up(round_up(call.k, p.block_cols), 16);
   const float* x = copy_tokens<S, T>(call, stride, memory);
-  run_decode(call, ceil_div(call.n, p.block_rows),
-             [&](auto tokens, int64_t unit0, int64_t unit1) {
-               bsr_decode_rows<S, T, decltype(tokens)::value>(call, x, stride, unit0, unit1);
-             },
-             std::make_integer_sequence<int, kMaxDecodeTokens>{});
+  run_decode(
+      call, ceil_div(call.n, p.block_rows),
+      [&](auto tokens, int64_t unit0, int64_t unit1) {
+        bsr_decode_rows<S, T, decltype(tokens)::value>(call, x, stride, unit0, unit1);
+      },
+      std::make_integer_sequence<int, kMaxDecodeTokens>{});
 }
 
 inline std::string any_bsr(const Problem&) { return ""; }
 inline std::string few_tokens_panels(const Problem& p) {
   if (p.pattern.block_rows % kRows16) {
-    return concat("needs block rows that are a multiple of 16, the blocks are ", p.pattern.block_rows, "x",
-                  p.pattern.block_cols);
+    return concat("needs block rows that are a multiple of 16, the blocks are ",
+                  p.pattern.block_rows, "x", p.pattern.block_cols);
   }
-  if (p.pattern.block_cols % 2) return concat("needs an even number of block columns, there are ", p.pattern.block_cols);
+  if (p.pattern.block_cols % 2)
+    return concat("needs an even number of block columns, there are ", p.pattern.block_cols);
   return few_tokens(p);
 }
 

@@ -1,18 +1,23 @@
-#include "cpu/matmul_nm.h"
+#include "cpu/matmul_nm_pairs.h"
 #include "cpu/simd_avx512.h"
 
 namespace sk {
 
 extern const KernelFunctions matmul_nm_rows16_f32_avx512, matmul_nm_rows16_bf16_avx512,
-    matmul_nm_rows16_f32_avx512_decode, matmul_nm_rows16_bf16_avx512_decode;
+    matmul_nm_rows16_f32_avx512_pairs, matmul_nm_rows16_f32_avx512_decode,
+    matmul_nm_rows16_bf16_avx512_decode;
 
 const KernelFunctions matmul_nm_rows16_f32_avx512{any_nm, nm_cost_us<Avx512>, run_nm<Avx512, float>,
                                                   "tokens in lanes"};
 const KernelFunctions matmul_nm_rows16_bf16_avx512{any_nm, nm_cost_us<Avx512>, run_nm<Avx512, bf16>,
                                                    "tokens in lanes, computed in f32"};
-const KernelFunctions matmul_nm_rows16_f32_avx512_decode{few_tokens, decode_cost_us<Avx512>,
-                                                         run_nm_decode<Avx512, float>, "few tokens: rows in lanes"};
-const KernelFunctions matmul_nm_rows16_bf16_avx512_decode{few_tokens, decode_cost_us<Avx512>,
-                                                          run_nm_decode<Avx512, bf16>, "few tokens: rows in lanes"};
+const KernelFunctions matmul_nm_rows16_f32_avx512_decode{
+    few_tokens, decode_cost_us<Avx512>, run_nm_decode<Avx512, float>, "few tokens: rows in lanes"};
+const KernelFunctions matmul_nm_rows16_bf16_avx512_decode{
+    few_tokens, decode_cost_us<Avx512>, run_nm_decode<Avx512, bf16>, "few tokens: rows in lanes"};
+
+const KernelFunctions matmul_nm_rows16_f32_avx512_pairs{only_with_pairs, pairs_cost_us<Avx512>,
+                                                        run_nm_pairs<Avx512>,
+                                                        "tokens in lanes, two rows share loads"};
 
 }  // namespace sk

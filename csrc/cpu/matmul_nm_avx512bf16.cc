@@ -1,5 +1,5 @@
-// 2:4 in bf16 with `vdpbf16ps`. A group of four activations has six pairs; all six are laid out once per
-// tile, so that one indexed load fetches exactly the two activations a row kept:
+// 2:4 in bf16 with `vdpbf16ps`. A group of four activations has six pairs; all six are laid out
+// once per tile, so that one indexed load fetches exactly the two activations a row kept:
 //
 //   panel   [group][(0,1) (0,2) (1,2) (0,3) (1,3) (2,3)][token]     one 32-bit word each
 #include "cpu/dot_bf16.h"
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kPairs = 6;
 
-// Which of the six for a nibble position0 | position1 << 2: position0 + position1 (position1 - 1) / 2,
-// as a table of nibbles.
+// Which of the six for a nibble position0 | position1 << 2: position0 + position1 (position1 - 1) /
+// 2, as a table of nibbles.
 constexpr uint64_t pair_table() {
   uint64_t table = 0;
   for (int second = 1; second < 4; ++second) {
@@ -23,13 +23,15 @@ constexpr uint64_t pair_table() {
 }
 
 template <int kRows, int kShare, int kVectors>
-void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x, float* acc,
-               bool first) {
+void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x,
+               float* acc, bool first) {
   constexpr int kWidth = kVectors * 16;
   constexpr uint64_t kTable = pair_table();
   __m512 sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) sum[r][i] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + r * kWidth + i * 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = _mm512_setzero_ps();
   }
   for (int64_t g = 0; g < groups; ++g, x += kPairs * kWidth, values += 2 * kRows16) {
 #pragma GCC unroll 8
@@ -43,46 +45,58 @@ void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t group
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kVectors; ++i) _mm512_storeu_ps(acc + r * kWidth + i * 16, sum[r][i]);
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) add_block<Avx512, kVectors>(acc + r * kWidth, sum[r], first);
 }
 
 // The dot product's latency is higher than a multiply-add's: at least twelve independent sums.
-constexpr int rows_at_once(int share, int vectors) { return vectors <= 3 ? 8 : vectors <= 5 || share == 4 ? 4 : 2; }
+constexpr int rows_at_once(int share, int vectors) {
+  return vectors <= 3 ? 8 : vectors <= 5 || share == 4 ? 4 : 2;
+}
 
 class NmDotKernel {
  public:
   explicit NmDotKernel(const PackedWeight& weight)
-      : h_(*weight.header), r_(nm_rows16(h_)), words_(weight.indices<uint64_t>()), values_(weight.values<bf16>()) {}
+      : h_(*weight.header),
+        r_(nm_rows16(h_)),
+        words_(weight.indices<uint64_t>()),
+        values_(weight.values<bf16>()) {}
 
   TileShape shape() const {
-    return {share() == 4 ? 6 : 8, r_.panels, kRows16, r_.groups * 4, 4, kPairs * 2 / 4, cpu_info().l1d_bytes * 2 / 3};
+    return {share() == 4 ? 6 : 8, r_.panels,      kRows16,
+            r_.groups * 4,        kPairs * 2 / 4, kNmBlockColumns};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
     const int64_t width = 16 * int64_t(vectors);
     const __m512i low = _mm512_set1_epi32(0xffff), high = _mm512_set1_epi32(int(0xffff0000u));
-    for_token_words(call, token0, vectors, r_.groups * 4, [&](int64_t pair, int i, __m512i a, __m512i b) {
-      float* to = panel + pair / 2 * kPairs * width + int64_t(i) * 16;
-      const __m512i a_low = _mm512_and_si512(a, low), a_high = _mm512_srli_epi32(a, 16);
-      const __m512i b_low = _mm512_slli_epi32(b, 16), b_high = _mm512_and_si512(b, high);
-      const __m512i words[kPairs] = {a, _mm512_or_si512(a_low, b_low), _mm512_or_si512(a_high, b_low),
-                                     _mm512_or_si512(a_low, b_high), _mm512_or_si512(a_high, b_high), b};
-      for (int p = 0; p < kPairs; ++p) _mm512_storeu_si512(to + p * width, words[p]);
-    });
+    for_token_words(
+        call, token0, vectors, r_.groups * 4, [&](int64_t pair, int i, __m512i a, __m512i b) {
+          float* to = panel + pair / 2 * kPairs * width + int64_t(i) * 16;
+          const __m512i a_low = _mm512_and_si512(a, low), a_high = _mm512_srli_epi32(a, 16);
+          const __m512i b_low = _mm512_slli_epi32(b, 16), b_high = _mm512_and_si512(b, high);
+          const __m512i words[kPairs] = {a,
+                                         _mm512_or_si512(a_low, b_low),
+                                         _mm512_or_si512(a_high, b_low),
+                                         _mm512_or_si512(a_low, b_high),
+                                         _mm512_or_si512(a_high, b_high),
+                                         b};
+          for (int p = 0; p < kPairs; ++p) _mm512_storeu_si512(to + p * width, words[p]);
+        });
   }
 
-  void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x, int vectors,
-               float* acc) const {
+  void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
+               int vectors, float* acc) const {
     const int64_t group0 = column0 / 4, groups = (column1 - column0) / 4;
     const int rows = rows_at_once(share(), vectors);
-    Micro* const micro = (share() == 4 ? make<4>(std::make_integer_sequence<int, 6>{})
-                                       : make<1>(std::make_integer_sequence<int, 8>{}))[size_t(vectors - 1)];
+    Micro* const micro =
+        (share() == 4 ? make<4>(std::make_integer_sequence<int, 6>{})
+                      : make<1>(std::make_integer_sequence<int, 8>{}))[size_t(vectors - 1)];
     for (int64_t p = panel0; p < panel1; ++p) {
       const uint64_t* words = words_ + p * r_.words + group0;
       const bf16* values = values_ + (p * r_.pairs + group0) * 2 * kRows16;
-      const int64_t next = r_.pairs * 2 * kRows16, segment = groups * 2 * kRows16 * int64_t(sizeof(bf16));
+      const int64_t next = r_.pairs * 2 * kRows16,
+                    segment = groups * 2 * kRows16 * int64_t(sizeof(bf16));
       for (int row = 0; row < kRows16; row += rows) {
         prefetch(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
         micro(words, values, row, groups, x, acc, column0 == 0);
@@ -109,15 +123,20 @@ class NmDotKernel {
 void run(const MatmulCall& call) { run_tiles<Avx512, bf16>(call, NmDotKernel(call.weight)); }
 
 std::string only_2_of_4(const Problem& p) {
-  return p.pattern.kept == 2 && p.pattern.group == 4 ? "" : "the pairs of a group are laid out for 2:4 only";
+  return p.pattern.kept == 2 && p.pattern.group == 4
+             ? ""
+             : "the pairs of a group are laid out for 2:4 only";
 }
 
 // A pair of columns an instruction; laying out six words for four columns costs more than a copy.
-double cost_us(const Problem& p) { return tile_cost_us<Avx512>(p, p.pattern.vector >= 4 ? 3.0 : 2.2); }
+double cost_us(const Problem& p) {
+  return tile_cost_us<Avx512>(p, p.pattern.vector >= 4 ? 3.0 : 2.2);
+}
 
 }  // namespace
 
 extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16;
-const KernelFunctions matmul_nm_rows16_bf16_avx512bf16{only_2_of_4, cost_us, run, "tokens in lanes, dot products of pairs"};
+const KernelFunctions matmul_nm_rows16_bf16_avx512bf16{only_2_of_4, cost_us, run,
+                                                       "tokens in lanes, dot products of pairs"};
 
 }  // namespace sk

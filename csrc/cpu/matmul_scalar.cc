@@ -1,5 +1,5 @@
-// The scalar kernels: slow, obvious, and on every machine. They read the canonical formats and add up
-// in double, so that they also serve as the reference of all others.
+// The scalar kernels: slow, obvious, and on every machine. They read the canonical formats and add
+// up in double, so that they also serve as the reference of all others.
 #include <algorithm>
 #include <cmath>
 
@@ -11,12 +11,16 @@ namespace {
 
 double activate(double v, int activation) {
   switch (activation) {
-    case SK_ACTIVATION_RELU: return v > 0 || v != v ? v : 0;
-    case SK_ACTIVATION_GELU: return 0.5 * v * (1 + std::erf(v * 0.70710678118654752));
+    case SK_ACTIVATION_RELU:
+      return v > 0 || v != v ? v : 0;
+    case SK_ACTIVATION_GELU:
+      return 0.5 * v * (1 + std::erf(v * 0.70710678118654752));
     case SK_ACTIVATION_GELU_TANH:
       return 0.5 * v * (1 + std::tanh(0.79788456080286536 * (v + 0.044715 * v * v * v)));
-    case SK_ACTIVATION_SILU: return v / (1 + std::exp(-v));
-    default: return v;
+    case SK_ACTIVATION_SILU:
+      return v / (1 + std::exp(-v));
+    default:
+      return v;
   }
 }
 
@@ -33,7 +37,8 @@ template <class T>
 void finish(const MatmulCall& call, int64_t i, int64_t j, double sum) {
   if (call.bias) sum += load_as_float(call.bias, call.dtype, j);
   sum = activate(sum, call.activation);
-  if (call.residual) sum += load_as_float(call.residual, call.dtype, i * call.residual_row_stride + j);
+  if (call.residual)
+    sum += load_as_float(call.residual, call.dtype, i * call.residual_row_stride + j);
   static_cast<T*>(call.y)[i * call.y_row_stride + j] = from_float<T>(float(sum));
 }
 
@@ -43,12 +48,14 @@ void run_nm(const MatmulCall& call) {
   const Geometry g = geometry(h.pattern, h.dtype, h.n, h.k);
   for_rows(call, [&](int64_t j) {
     const T* values = call.weight.values<T>() + j * g.slots;
-    const uint8_t* indices = call.weight.indices<uint8_t>() + j / h.pattern.vector * g.index_row_bytes;
+    const uint8_t* indices =
+        call.weight.indices<uint8_t>() + j / h.pattern.vector * g.index_row_bytes;
     for (int64_t i = 0; i < call.m; ++i) {
       const T* x = static_cast<const T*>(call.x) + i * call.x_row_stride;
       double sum = 0;
       for (int64_t slot = 0; slot < g.slots; ++slot) {
-        const int64_t col = slot / h.pattern.kept * h.pattern.group + read_index(indices, slot, g.index_bits);
+        const int64_t col =
+            slot / h.pattern.kept * h.pattern.group + read_index(indices, slot, g.index_bits);
         if (col < call.k) sum += double(to_float(values[slot])) * double(to_float(x[col]));
       }
       finish<T>(call, i, j, sum);
@@ -69,7 +76,8 @@ void run_bsr(const MatmulCall& call) {
       for (int64_t b = call.weight.crow()[br]; b < call.weight.crow()[br + 1]; ++b) {
         const T* values = call.weight.values<T>() + (b * rows + j % rows) * cols;
         const int64_t col0 = columns[b] * cols, width = std::min(cols, call.k - col0);
-        for (int64_t c = 0; c < width; ++c) sum += double(to_float(values[c])) * double(to_float(x[col0 + c]));
+        for (int64_t c = 0; c < width; ++c)
+          sum += double(to_float(values[c])) * double(to_float(x[col0 + c]));
       }
       finish<T>(call, i, j, sum);
     }

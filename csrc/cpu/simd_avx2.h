@@ -25,7 +25,9 @@ struct Avx2 {
   // The first `count` (1 to 8) elements; the rest is zero and not read.
   static V load(const float* p, int count) { return _mm256_maskload_ps(p, first(count)); }
   static void store(float* p, V v, int count) { _mm256_maskstore_ps(p, first(count), v); }
-  static V load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static V load(const bf16* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static V load(const bf16* p, int count) {
     bf16 buffer[8] = {};
     for (int i = 0; i < count; ++i) buffer[i] = p[i];
@@ -35,10 +37,18 @@ struct Avx2 {
     bf16 buffer[8];
     _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer), narrow(v));
     if (count == 8) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(buffer)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(buffer)));
     } else {
       for (int i = 0; i < count; ++i) p[i] = buffer[i];
     }
+  }
+
+  // Keeps a value that is used more than once in its register: GCC would rather load it again each
+  // time.
+  static V in_register(V v) {
+    __asm__("" : "+x"(v));
+    return v;
   }
 
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -63,7 +73,8 @@ struct Avx2 {
   // Row nibbles of format nm_rows16 in the low bits of each lane: rows 0 to 7 or 8 to 15.
   static I row_nibbles(const uint64_t* word, int half) {
     const I shifts = _mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12);
-    return _mm256_srlv_epi32(_mm256_srli_epi32(_mm256_set1_epi64x(int64_t(*word)), 16 * half), shifts);
+    return _mm256_srlv_epi32(_mm256_srli_epi32(_mm256_set1_epi64x(int64_t(*word)), 16 * half),
+                             shifts);
   }
   static I shift_right_2(I a) { return _mm256_srli_epi32(a, 2); }
   static V pick4(const float* table, I index) {
@@ -72,7 +83,8 @@ struct Avx2 {
   static V pick16(const float* table, I index) {
     const V low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
     const V high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 decides
+    return _mm256_blendv_ps(low, high,
+                            _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 decides
   }
 
   static void transpose(V v[8]) {
@@ -101,7 +113,9 @@ struct Avx2 {
   static V power_of_two(I n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
-  static V widen(__m128i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16)); }
+  static V widen(__m128i words) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+  }
   static __m128i narrow(V v) {
     const I bits = _mm256_castps_si256(v);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -26,9 +26,22 @@ struct Avx512 {
   // The first `count` (1 to 16) elements; the rest is zero and not read.
   static V load(const float* p, int count) { return _mm512_maskz_loadu_ps(first(count), p); }
   static void store(float* p, V v, int count) { _mm512_mask_storeu_ps(p, first(count), v); }
-  static V load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static V load(const bf16* p, int count) { return widen(_mm256_maskz_loadu_epi16(first(count), p)); }
-  static void store(bf16* p, V v, int count) { _mm256_mask_storeu_epi16(p, first(count), narrow(v)); }
+  static V load(const bf16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static V load(const bf16* p, int count) {
+    return widen(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static void store(bf16* p, V v, int count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow(v));
+  }
+
+  // Keeps a value that is used more than once in its register: GCC would rather load it again each
+  // time.
+  static V in_register(V v) {
+    __asm__("" : "+v"(v));
+    return v;
+  }
 
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -57,7 +70,9 @@ struct Avx512 {
     return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(table)), index);
   }
   // table[index & 15]; reads 16 floats.
-  static V pick16(const float* table, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+  static V pick16(const float* table, I index) {
+    return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+  }
 
   // v[i] lane j <-> v[j] lane i.
   static void transpose(V v[16]) {

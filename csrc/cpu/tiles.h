@@ -1,9 +1,9 @@
 // How a matmul with many tokens runs on a CPU: tokens lie in the lanes.
 //
-// A tile of `vectors` x lanes tokens is transposed once into a panel x[column][token], so that one weight,
-// broadcast, meets a whole vector of activations: no shuffles, whatever the pattern. For each chunk of
-// rows of W and each block of columns that fits the cache, a kernel adds to acc[row][token]; after the
-// last block the sums are transposed back and go through the epilogue.
+// A tile of `vectors` x lanes tokens is transposed once into a panel x[column][token], so that one
+// weight, broadcast, meets a whole vector of activations: no shuffles, whatever the pattern. For
+// each chunk of rows of W and each block of columns that fits the cache, a kernel adds to
+// acc[row][token]; after the last block the sums are transposed back and go through the epilogue.
 //
 //   for each tile of tokens        its panel is built once (k x tokens)
 //     for each chunk of rows       acc stays in L2
@@ -11,10 +11,11 @@
 //         compute(...)
 //       write out                  transpose, epilogue, store
 //
-// Each sum adds its columns in ascending order whatever the blocking and the number of threads, so the
-// same input gives the same bits.
+// Each sum adds its columns in an order that the packed weight fixes, whatever the tile and the
+// number of threads, so the same input gives the same bits.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 
@@ -45,24 +46,29 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-// Threads along tokens and along rows of W. Tokens first: each thread then packs only its own; rows when
-// tokens would leave a thread more than a tenth longer at work than the others.
+// How the threads share the work: along tokens, each packing its own, or along rows of W, each
+// packing all. Narrow tiles use a core worse, and packing a vector of tokens costs about as much as
+// 0.4 units of rows; the cheapest split wins.
 struct Split {
   int tokens, rows;
 };
-inline Split split_work(int64_t token_vectors, int64_t row_units, int threads) {
-  for (int t = int(std::min<int64_t>(threads, token_vectors)); t >= 1; --t) {
+inline Split split_work(int64_t token_vectors, int64_t row_units, int threads, int max_vectors) {
+  Split best{1, 1};
+  double best_cost = HUGE_VAL;
+  for (int t = 1; t <= std::min<int64_t>(threads, token_vectors); ++t) {
     const int r = int(std::min<int64_t>(threads / t, row_units));
-    const double share = double(ceil_div(token_vectors, t)) * double(ceil_div(row_units, r));
-    const double ideal = double(token_vectors) * double(row_units) / threads;
-    if (share <= 1.1 * ideal || t == 1) return {t, r};
+    const double vectors = double(ceil_div(token_vectors, t));
+    const double width = std::min<double>(vectors, max_vectors);
+    const double cost = vectors * (double(ceil_div(row_units, r)) * (1 + 1.5 / width) + 0.4);
+    if (cost < best_cost) best = {t, r}, best_cost = cost;
   }
-  return {1, 1};
+  return best;
 }
 
 // x[token][column] to the panel [column][token] in f32; tokens past m and columns past k are zero.
 template <class S, class T>
-void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t columns, float* panel) {
+void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
+                 float* panel) {
   using V = typename S::V;
   constexpr int L = S::kLanes;
   const int64_t width = int64_t(vectors) * L;
@@ -90,7 +96,8 @@ void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t co
 
 // acc[row][token] for `rows` rows of W from row0 on: back to [token][row], epilogue, out.
 template <class S, class T>
-void write_out(const MatmulCall& call, int64_t token0, int vectors, int64_t row0, int64_t rows, const float* acc) {
+void write_out(const MatmulCall& call, int64_t token0, int vectors, int64_t row0, int64_t rows,
+               const float* acc) {
   using V = typename S::V;
   constexpr int L = S::kLanes;
   const int64_t width = int64_t(vectors) * L;
@@ -102,7 +109,8 @@ void write_out(const MatmulCall& call, int64_t token0, int vectors, int64_t row0
       const int count = int(std::min<int64_t>(L, rows - r));
       const V bias = epilogue.bias(row0 + r, count);
       V v[L];
-      for (int j = 0; j < L; ++j) v[j] = j < count ? S::load(acc + (r + j) * width + int64_t(i) * L) : S::zero();
+      for (int j = 0; j < L; ++j)
+        v[j] = j < count ? S::load(acc + (r + j) * width + int64_t(i) * L) : S::zero();
       S::transpose(v);
       for (int t = 0; t < tokens; ++t) epilogue.store(v[t], bias, first + t, row0 + r, count);
     }
@@ -111,28 +119,42 @@ void write_out(const MatmulCall& call, int64_t token0, int vectors, int64_t row0
 
 // What run_tiles needs of a kernel.
 struct TileShape {
-  int max_vectors;         // tile width in vectors of tokens
-  int64_t units;           // rows of W come in units ...
-  int64_t unit_rows;       // ... of so many rows
-  int64_t columns;         // of the panel, k padded to the pattern
-  int64_t column_step;     // blocks of columns are multiples of this
-  int64_t floats_per_column_x2;  // panel floats per column and token, times two (bf16 pairs take half)
-  int64_t block_bytes;     // size of a block of the panel to stay in cache
+  int max_vectors;    // tile width in vectors of tokens
+  int64_t units;      // rows of W come in units ...
+  int64_t unit_rows;  // ... of so many rows
+  int64_t columns;    // of the panel, k padded to the pattern
+  int64_t
+      floats_per_column_x2;  // panel floats per column and token, times two (bf16 pairs take half)
+  int64_t block_columns;     // columns of a block, the last one may be shorter
 };
 
-// Kernel: compute(unit0, unit1, column0, column1, panel block, vectors, acc) adds into acc, which is
-// [rows of the units][tokens]; pack(call, token0, vectors, panel) fills the panel.
+// Each block's sum starts from zero and is added to what the blocks before it gave. Many short sums
+// round less than one long one; the block is the same for every tile, so that m does not change a
+// bit.
+template <class S, int kVectors>
+void add_block(float* acc, const typename S::V (&sum)[kVectors], bool first) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    float* to = acc + i * S::kLanes;
+    S::store(to, first ? sum[i] : S::add(S::load(to), sum[i]));
+  }
+}
+
+// Kernel: compute(unit0, unit1, column0, column1, panel block, vectors, acc) adds into acc, which
+// is [rows of the units][tokens]; pack(call, token0, vectors, panel) fills the panel.
 template <class S, class T, class Kernel>
 void run_tiles(const MatmulCall& call, const Kernel& kernel) {
   constexpr int L = S::kLanes;
   const TileShape shape = kernel.shape();
   const int64_t all_vectors = ceil_div(call.m, L);
-  const Split split = split_work(all_vectors, shape.units, call.threads);
+  const Split split = split_work(all_vectors, shape.units, call.threads, shape.max_vectors);
   parallel_for(split.tokens * split.rows, call.threads, [&](int task) {
     thread_local Scratch panel_memory, acc_memory;
     const int64_t part = task / split.rows, row_part = task % split.rows;
-    const int64_t vector0 = all_vectors * part / split.tokens, vector1 = all_vectors * (part + 1) / split.tokens;
-    const int64_t unit0 = shape.units * row_part / split.rows, unit1 = shape.units * (row_part + 1) / split.rows;
+    const int64_t vector0 = all_vectors * part / split.tokens,
+                  vector1 = all_vectors * (part + 1) / split.tokens;
+    const int64_t unit0 = shape.units * row_part / split.rows,
+                  unit1 = shape.units * (row_part + 1) / split.rows;
     const int64_t tiles = ceil_div(vector1 - vector0, shape.max_vectors);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = vector0 + (vector1 - vector0) * tile / tiles;
@@ -142,15 +164,15 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
       float* panel = panel_memory.get(shape.columns * column_floats_x2 / 2 + kAlignment);
       kernel.pack(call, first * L, vectors, panel);
 
-      int64_t block = std::max(shape.column_step, shape.block_bytes / (2 * column_floats_x2) / shape.column_step * shape.column_step);
-      block = round_up(ceil_div(shape.columns, ceil_div(shape.columns, block)), shape.column_step);
+      const int64_t block = shape.block_columns;
       const int64_t acc_bytes = shape.unit_rows * width * 4;
       const int64_t chunk = std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes);
       float* acc = acc_memory.get(std::min(chunk, unit1 - unit0) * shape.unit_rows * width);
       for (int64_t u0 = unit0; u0 < unit1; u0 += chunk) {
         const int64_t u1 = std::min(unit1, u0 + chunk);
         for (int64_t c0 = 0; c0 < shape.columns; c0 += block) {
-          kernel.compute(u0, u1, c0, std::min(shape.columns, c0 + block), panel + c0 * column_floats_x2 / 2, vectors, acc);
+          kernel.compute(u0, u1, c0, std::min(shape.columns, c0 + block),
+                         panel + c0 * column_floats_x2 / 2, vectors, acc);
         }
         const int64_t row0 = u0 * shape.unit_rows, row1 = std::min(call.n, u1 * shape.unit_rows);
         write_out<S, T>(call, first * L, vectors, row0, row1 - row0, acc);
@@ -158,7 +180,6 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
     }
   });
 }
-
 
 }  // namespace
 }  // namespace sk

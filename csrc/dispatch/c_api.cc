@@ -50,8 +50,9 @@ T& deref(T* pointer, const char* name) {
 const char* sk_last_error(void) { return last_error().c_str(); }
 const char* sk_version(void) { return SPARSEKIT_VERSION; }
 
-sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k, int64_t nnzb,
-                          int64_t* values_bytes, int64_t* indices_bytes, int64_t* crow_indices_bytes) {
+sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k,
+                          int64_t nnzb, int64_t* values_bytes, int64_t* indices_bytes,
+                          int64_t* crow_indices_bytes) {
   return guard([&] {
     const sk::WeightSizes s = sk::weight_sizes(deref(pattern, "pattern"), dtype, n, k, nnzb);
     deref(values_bytes, "values_bytes") = s.values;
@@ -60,7 +61,8 @@ sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, i
   });
 }
 
-sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n, int64_t k, int64_t* nnzb) {
+sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n, int64_t k,
+                          int64_t* nnzb) {
   return guard([&] {
     deref(nnzb, "nnzb") = sk::count_blocks(deref(pattern, "pattern"), &deref(mask, "mask"), n, k);
   });
@@ -78,7 +80,8 @@ sk_status sk_validate(const sk_weight* weight) {
   return guard([&] { sk::validate(deref(weight, "weight")); });
 }
 
-sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target, char format[32]) {
+sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target,
+                            char format[32]) {
   return guard([&] {
     const sk_pattern& p = deref(pattern, "pattern");
     sk::geometry(p, dtype, 1, 1);
@@ -129,13 +132,13 @@ sk_status sk_get_kernel(int32_t index, sk_kernel_info* info) {
     const sk::Kernel& k = sk::kernels()[size_t(index)];
     thread_local std::string reason;  // valid until the thread's next call
     reason = k.available() ? k.functions->about : k.unavailable_reason();
-    deref(info, "info") = {k.name,    k.op,      k.format, k.dtype, k.arch,
-                           k.variant, k.available(), reason.c_str()};
+    deref(info, "info") = {k.name, k.op,      k.format,      k.dtype,
+                           k.arch, k.variant, k.available(), reason.c_str()};
   });
 }
 
-sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype, int64_t m,
-                     int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
+sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype,
+                     int64_t m, int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
   return guard([&] {
     sk::Problem problem;
     problem.op = &deref(op, "op");

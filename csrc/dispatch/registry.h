@@ -41,9 +41,10 @@ struct MatmulCall {
 
 // What a kernel's file provides.
 struct KernelFunctions {
-  std::string (*refusal)(const Problem&);  // "" when it can run the problem (format and dtype match already)
-  double (*cost_us)(const Problem&);       // estimate of the cost model
-  void (*run)(const MatmulCall&);          // m >= 1
+  std::string (*refusal)(
+      const Problem&);  // "" when it can run the problem (format and dtype match already)
+  double (*cost_us)(const Problem&);  // estimate of the cost model
+  void (*run)(const MatmulCall&);     // m >= 1
   const char* about;
 };
 
@@ -54,7 +55,6 @@ struct Kernel {
 
   bool available() const { return isa <= cpu_info().isa; }
   std::string unavailable_reason() const;
-  std::string refusal(const Problem& problem) const;
 };
 
 const std::vector<Kernel>& kernels();

@@ -1,4 +1,5 @@
-// The Python module _C: integers (addresses, sizes) in, nothing of PyTorch. _native.py is its only caller.
+// The Python module _C: integers (addresses, sizes) in, nothing of PyTorch. _native.py is its only
+// caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,8 +55,16 @@ struct Weight {
   int64_t crow_indices_bytes;
 
   sk_weight get() const {
-    return {to_pattern(pattern), dtype,         n,  k, at(values), values_bytes, at(indices), indices_bytes,
-            at(crow_indices),    crow_indices_bytes};
+    return {to_pattern(pattern),
+            dtype,
+            n,
+            k,
+            at(values),
+            values_bytes,
+            at(indices),
+            indices_bytes,
+            at(crow_indices),
+            crow_indices_bytes};
   }
 };
 
@@ -65,9 +74,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "sparsekit's native kernels; call them through sparsekit._native";
 
   py::class_<Weight>(m, "Weight")
-      .def(py::init([](PatternTuple pattern, int dtype, int64_t n, int64_t k, uintptr_t values, int64_t values_bytes,
-                       uintptr_t indices, int64_t indices_bytes, uintptr_t crow, int64_t crow_bytes) {
-        return Weight{pattern, dtype, n, k, values, values_bytes, indices, indices_bytes, crow, crow_bytes};
+      .def(py::init([](PatternTuple pattern, int dtype, int64_t n, int64_t k, uintptr_t values,
+                       int64_t values_bytes, uintptr_t indices, int64_t indices_bytes,
+                       uintptr_t crow, int64_t crow_bytes) {
+        return Weight{pattern, dtype,         n,    k,         values, values_bytes,
+                      indices, indices_bytes, crow, crow_bytes};
       }));
 
   m.def("weight_sizes", [](PatternTuple pattern, int dtype, int64_t n, int64_t k, int64_t nnzb) {
@@ -110,28 +121,41 @@ PYBIND11_MODULE(_C, m) {
     check(sk_packed_bytes(&w, format.c_str(), &bytes));
     return bytes;
   });
-  m.def("pack", [](const Weight& weight, const std::string& format, uintptr_t packed, int64_t bytes) {
-    const sk_weight w = weight.get();
-    check(sk_pack(&w, format.c_str(), at(packed), bytes));
-  });
+  m.def("pack",
+        [](const Weight& weight, const std::string& format, uintptr_t packed, int64_t bytes) {
+          const sk_weight w = weight.get();
+          check(sk_pack(&w, format.c_str(), at(packed), bytes));
+        });
   m.def("packed_info", [](uintptr_t packed, int64_t bytes) {
     sk_packed_info info;
     check(sk_read_packed_info(at(packed), bytes, &info));
-    return std::make_tuple(std::string(info.format), from_pattern(info.pattern), info.dtype, info.n, info.k,
-                           info.nnzb, info.bytes);
+    return std::make_tuple(std::string(info.format), from_pattern(info.pattern), info.dtype, info.n,
+                           info.k, info.nnzb, info.bytes);
   });
   m.def("unpack", [](uintptr_t packed, int64_t bytes, const Weight& out) {
     sk_weight w = out.get();
     check(sk_unpack(at(packed), bytes, &w));
   });
 
-  m.def("matmul", [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x, int64_t x_row_stride,
-                     uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride, uintptr_t bias,
-                     uintptr_t residual, int64_t residual_row_stride, int activation, int threads,
-                     const char* kernel) {
-    const sk_matmul_args args{rows,         n,        k,    dtype,        at(x),    x_row_stride, at(weight),
-                              weight_bytes, at(y),    y_row_stride, at(bias), at(residual), residual_row_stride,
-                              activation,   threads};
+  m.def("matmul", [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x,
+                     int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes, uintptr_t y,
+                     int64_t y_row_stride, uintptr_t bias, uintptr_t residual,
+                     int64_t residual_row_stride, int activation, int threads, const char* kernel) {
+    const sk_matmul_args args{rows,
+                              n,
+                              k,
+                              dtype,
+                              at(x),
+                              x_row_stride,
+                              at(weight),
+                              weight_bytes,
+                              at(y),
+                              y_row_stride,
+                              at(bias),
+                              at(residual),
+                              residual_row_stride,
+                              activation,
+                              threads};
     sk_status status;
     {
       py::gil_scoped_release release;
@@ -141,23 +165,25 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("kernels", [] {
-    std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string, std::string, bool,
-                           std::string>>
+    std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string,
+                           std::string, bool, std::string>>
         list;
     for (int i = 0; i < sk_kernel_count(); ++i) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
-      list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0, k.reason);
+      list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
+                        k.reason);
     }
     return list;
   });
-  m.def("explain", [](const std::string& op, const std::string& format, PatternTuple pattern, int dtype,
-                      int64_t rows, int64_t n, int64_t k, int threads) {
+  m.def("explain", [](const std::string& op, const std::string& format, PatternTuple pattern,
+                      int dtype, int64_t rows, int64_t n, int64_t k, int threads) {
     const sk_pattern p = to_pattern(pattern);
     std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
     check(sk_explain(op.c_str(), format.c_str(), &p, dtype, rows, n, k, threads, answers.data()));
     std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
-    for (const sk_candidate& c : answers) list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
+    for (const sk_candidate& c : answers)
+      list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
     return list;
   });
 

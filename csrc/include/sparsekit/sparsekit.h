@@ -1,15 +1,17 @@
 /* sparsekit: the C interface.
  *
- * Everything the library does for a caller without Python: describe a pruned weight, pack it into the
- * bytes a kernel wants, multiply. No call allocates memory that the caller must free, throws, exits or
- * keeps a pointer after it returns. Every function returns a status; the text of the last failure on
- * the calling thread is at sk_last_error().
+ * Everything the library does for a caller without Python: describe a pruned weight, pack it into
+ * the bytes a kernel wants, multiply. No call allocates memory that the caller must free, throws,
+ * exits or keeps a pointer after it returns. Every function returns a status; the text of the last
+ * failure on the calling thread is at sk_last_error().
  *
- *     y[m, n] = activation(x[m, k] · W[n, k]ᵀ + bias[n]) + residual[m, n]          W is the sparse one
+ *     y[m, n] = activation(x[m, k] · W[n, k]ᵀ + bias[n]) + residual[m, n]          W is the sparse
+ * one
  *
  * Weights take three steps, each with its inverse:
  *
- *     dense + mask  --sk_compress-->  canonical (sk_weight)  --sk_pack-->  a kernel's format (bytes)
+ *     dense + mask  --sk_compress-->  canonical (sk_weight)  --sk_pack-->  a kernel's format
+ * (bytes)
  *                   <-sk_decompress--                        <-sk_unpack--
  *
  * The canonical form is what files hold; formats belong to one family of kernels. layout/README.md
@@ -49,8 +51,9 @@ typedef enum sk_activation {
 
 typedef enum sk_family { SK_FAMILY_NM = 0, SK_FAMILY_BSR = 1 } sk_family;
 
-/* A sparsity pattern. SK_FAMILY_NM: `kept` values of every `group` consecutive ones along k, shared by
- * `vector` consecutive rows. SK_FAMILY_BSR: blocks of block_rows x block_cols. Unused fields are 0. */
+/* A sparsity pattern. SK_FAMILY_NM: `kept` values of every `group` consecutive ones along k, shared
+ * by `vector` consecutive rows. SK_FAMILY_BSR: blocks of block_rows x block_cols. Unused fields are
+ * 0. */
 typedef struct sk_pattern {
   int32_t family;
   int32_t kept, group, vector;
@@ -60,9 +63,9 @@ typedef struct sk_pattern {
 /* A pruned weight W[n, k] in canonical form. The arrays are the caller's.
  *
  * NM, with groups = ceil(k / group) and slots = groups * kept:
- *   values        [n, slots]                             kept numbers, ascending positions in a group
- *   indices       [ceil(n / vector), ceil(slots * bits / 8)] bytes; position in the group, `bits` wide
- *                 (2 for group <= 4, else 4), least significant bits first, each row byte aligned
+ *   values        [n, slots]                             kept numbers, ascending positions in a
+ * group indices       [ceil(n / vector), ceil(slots * bits / 8)] bytes; position in the group,
+ * `bits` wide (2 for group <= 4, else 4), least significant bits first, each row byte aligned
  *   crow_indices  NULL
  * BSR, with nnzb kept blocks:
  *   values        [nnzb, block_rows, block_cols]         blocks at the edge are padded with zeros
@@ -91,7 +94,8 @@ typedef struct sk_packed_info {
   int64_t bytes;
 } sk_packed_info;
 
-/* One matmul. All tensors have the weight's dtype; rows may be strided (in elements), columns not. */
+/* One matmul. All tensors have the weight's dtype; rows may be strided (in elements), columns not.
+ */
 typedef struct sk_matmul_args {
   int64_t m, n, k;
   int32_t dtype;
@@ -115,9 +119,9 @@ typedef struct sk_kernel_info {
   const char* format;
   const char* dtype;
   const char* arch;
-  const char* variant;  /* "" for the main one */
-  int32_t available;    /* this machine (and SPARSEKIT_ISA) can run it */
-  const char* reason;   /* why not, or what it is for */
+  const char* variant; /* "" for the main one */
+  int32_t available;   /* this machine (and SPARSEKIT_ISA) can run it */
+  const char* reason;  /* why not, or what it is for */
 } sk_kernel_info;
 
 /* How one kernel answers a problem. */
@@ -125,7 +129,7 @@ typedef struct sk_candidate {
   const char* name;
   int32_t ok;
   int32_t chosen;
-  double cost_us;    /* the cost model's estimate, 0 when not ok */
+  double cost_us; /* the cost model's estimate, 0 when not ok */
   char reason[192];
 } sk_candidate;
 
@@ -133,31 +137,37 @@ typedef struct sk_candidate {
 SK_API const char* sk_last_error(void);
 SK_API const char* sk_version(void);
 
-/* --- canonical form ------------------------------------------------------------------------------ */
+/* --- canonical form ------------------------------------------------------------------------------
+ */
 
 /* Bytes of the three arrays of a weight; `nnzb` counts for BSR only. */
 SK_API sk_status sk_weight_sizes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k,
                                  int64_t nnzb, int64_t* values_bytes, int64_t* indices_bytes,
                                  int64_t* crow_indices_bytes);
 
-/* Blocks of a BSR pattern in which the mask (bytes, row-major [n, k], non-zero = kept) keeps anything. */
-SK_API sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n, int64_t k,
-                                 int64_t* nnzb);
+/* Blocks of a BSR pattern in which the mask (bytes, row-major [n, k], non-zero = kept) keeps
+ * anything. */
+SK_API sk_status sk_count_blocks(const sk_pattern* pattern, const uint8_t* mask, int64_t n,
+                                 int64_t k, int64_t* nnzb);
 
-/* Dense rows and mask to canonical. Fails, and says where first, if the mask does not fit the pattern.
- * A group that keeps fewer than it may is filled with zeros at the lowest free positions. */
-SK_API sk_status sk_compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_weight* out);
+/* Dense rows and mask to canonical. Fails, and says where first, if the mask does not fit the
+ * pattern. A group that keeps fewer than it may is filled with zeros at the lowest free positions.
+ */
+SK_API sk_status sk_compress(const void* dense, int64_t row_stride, const uint8_t* mask,
+                             sk_weight* out);
 
 /* Canonical to dense rows; what was pruned becomes zero. */
 SK_API sk_status sk_decompress(const sk_weight* weight, void* dense, int64_t row_stride);
 
-/* Refuses sizes that do not belong together and indices out of range: call it on what comes from a file. */
+/* Refuses sizes that do not belong together and indices out of range: call it on what comes from a
+ * file. */
 SK_API sk_status sk_validate(const sk_weight* weight);
 
-/* --- formats ------------------------------------------------------------------------------------- */
+/* --- formats -------------------------------------------------------------------------------------
+ */
 
-/* The format whose kernel is the best this machine has for the pattern. `target`: "auto" or "cpu" for
- * this CPU, "reference" for the canonical format that the scalar kernels read. */
+/* The format whose kernel is the best this machine has for the pattern. `target`: "auto" or "cpu"
+ * for this CPU, "reference" for the canonical format that the scalar kernels read. */
 SK_API sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target,
                                    char format[32]);
 SK_API sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* bytes);
@@ -166,7 +176,8 @@ SK_API sk_status sk_read_packed_info(const void* packed, int64_t bytes, sk_packe
 /* `out` holds arrays of the sizes sk_weight_sizes gives for the packed buffer's own description. */
 SK_API sk_status sk_unpack(const void* packed, int64_t bytes, sk_weight* out);
 
-/* --- run ----------------------------------------------------------------------------------------- */
+/* --- run -----------------------------------------------------------------------------------------
+ */
 
 /* Runs the registry's choice, or the kernel named (NULL, or SPARSEKIT_KERNEL when it is NULL). */
 SK_API sk_status sk_matmul(const sk_matmul_args* args, const char* kernel);
@@ -174,10 +185,12 @@ SK_API sk_status sk_matmul(const sk_matmul_args* args, const char* kernel);
 SK_API int32_t sk_kernel_count(void);
 SK_API sk_status sk_get_kernel(int32_t index, sk_kernel_info* info);
 /* Every kernel's answer to the problem: `out` holds sk_kernel_count() entries. */
-SK_API sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype,
-                            int64_t m, int64_t n, int64_t k, int32_t num_threads, sk_candidate* out);
+SK_API sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern,
+                            int32_t dtype, int64_t m, int64_t n, int64_t k, int32_t num_threads,
+                            sk_candidate* out);
 
-/* --- machine ------------------------------------------------------------------------------------- */
+/* --- machine -------------------------------------------------------------------------------------
+ */
 
 typedef struct sk_cpu_info {
   char model[64];
