@@ -139,7 +139,7 @@ def test_without_onnxruntime_the_row_says_what_to_install(monkeypatch: pytest.Mo
 def test_without_a_compiler_torch_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(Unavailable, match=r"needs a C\+\+ compiler, none was found"):
-        latency._compiled(Tiny(), True, False)(latency.example(1, 4, 2000), Path())
+        latency._compiled(Tiny(), True)(latency.example(1, 4, 2000), Path())
 
 
 def test_examples_are_reproducible_and_fully_attended() -> None:

@@ -80,19 +80,23 @@ def engines(
     for each in dtypes:
         model = dense if each == torch.float32 else deepcopy(dense).to(each)
         suffix = str(each).removeprefix("torch.")
+        frozen = f"torch.compile, frozen {suffix}"
         found += [
             Engine(f"torch eager {suffix}", False, _eager(model)),
-            Engine(
-                f"torch.compile, frozen {suffix}", False, _compiled(model, compile_models, True)
-            ),
+            Engine(frozen, False, _compiled(model, compile_models, freeze=True)),
             Engine(f"torch oneDNN {suffix}", False, _onednn(model, each)),
         ]
+        if each == torch.float32:
+            # With a fixed shape a frozen float32 graph calls MKL, with a free one oneDNN. A copy,
+            # since torch.compile would find the program of the same model and run that.
+            build = _compiled(deepcopy(model), compile_models, freeze=True, dynamic=True)
+            found.append(Engine(f"{frozen}, dynamic", False, build))
     suffix = str(dtype).removeprefix("torch.")
     return [
         *found,
         Engine("ONNX Runtime float32", False, _onnxruntime(dense)),
         Engine(f"sparsekit eager {suffix}", True, _eager(sparse)),
-        Engine(f"sparsekit torch.compile {suffix}", True, _compiled(sparse, compile_models, False)),
+        Engine(f"sparsekit torch.compile {suffix}", True, _compiled(sparse, compile_models)),
     ]
 
 
@@ -124,6 +128,8 @@ def measure(
     runs: dict[str, Run] = {}
     skipped: dict[str, str] = {}
     expected: dict[bool, Tensor] = {}
+    # What was compiled for another shape would count against torch.compile's limit.
+    torch.compiler.reset()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparsekit-demo-")))
         stack.enter_context(torch.no_grad())
@@ -210,14 +216,21 @@ def _eager(model: nn.Module) -> Callable[[Inputs, Path], Run]:
     return build
 
 
-def _compiled(model: nn.Module, wanted: bool, freeze: bool) -> Callable[[Inputs, Path], Run]:
+def _compiled(
+    model: nn.Module, wanted: bool, freeze: bool = False, dynamic: bool = False
+) -> Callable[[Inputs, Path], Run]:
     def build(inputs: Inputs, folder: Path) -> Run:
         if not wanted:
             raise Unavailable("left out of the quick run")
         if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             raise Unavailable("torch.compile needs a C++ compiler, none was found")
-        # Freezing folds and prepacks dense weights; packed sparse ones have nothing to fold.
-        compiled = torch.compile(model, dynamic=False, options={"freezing": freeze})
+        from torch._inductor import config
+
+        compiled = torch.compile(model, dynamic=dynamic)
+        # Freezing folds and prepacks dense weights; packed sparse ones have nothing to fold. As an
+        # option of torch.compile it would come too late: parameters are captured before.
+        with config.patch(freezing=freeze):
+            compiled(*inputs)
         return lambda: cast(Tensor, compiled(*inputs))
 
     return build
