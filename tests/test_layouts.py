@@ -1,0 +1,503 @@
+"""The byte formats, packed once more by slow and obvious code.
+
+The packer here follows ``csrc/layout/README.md`` and nothing else; its bytes must be the library's.
+One thing is the library's choice, which rows of a 2:4 panel are partners: it is read from the
+bytes, checked, and what follows from it is built here. The examples printed in the README are
+rendered from the library's bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit import NM, BlockSparse, _native, parse_pattern
+from sparsekit.patterns import Pattern
+
+README = Path(__file__).parent.parent / "csrc" / "layout" / "README.md"
+
+HEADER_BYTES = 128
+ALIGNMENT = 64
+HEADER = struct.Struct("<4s i 6i i i q q q 3q q Q")
+FIELDS = (
+    *("magic", "format", "family", "kept", "group", "vector", "block_rows", "block_cols"),
+    *("dtype", "panel_rows", "n", "k", "nnzb", "order_offset", "indices_offset", "values_offset"),
+    *("bytes", "checksum"),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = (
+    *("1:2", "1:4", "2:4", "3:4", "3:8", "4:8", "5:16", "2:4v4", "1:4v8", "4:8v16", "7:16v4"),
+    *("bsr1x1@0.5", "bsr1x4@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
+    *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
+)
+SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67))
+
+
+# ---- the packer ----------------------------------------------------------------------------------
+
+
+def up(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+@dataclass
+class Arrays:
+    """The canonical arrays as lists; a value is the bits of an element."""
+
+    values: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    crow: list[int] = field(default_factory=list)
+
+
+def element_bits(weight: Tensor) -> list[list[int]]:
+    width = {2: (torch.int16, 0xFFFF), 4: (torch.int32, 0xFFFFFFFF)}[weight.element_size()]
+    return [[bits & width[1] for bits in row] for row in weight.view(width[0]).tolist()]
+
+
+def nm_positions(pattern: NM, kept: list[list[bool]], k: int) -> list[list[int]]:
+    """Per vector of rows: the position in its group of each slot."""
+    positions = []
+    for row0 in range(0, len(kept), pattern.vector):
+        row: list[int] = []
+        for column0 in range(0, k, pattern.m):
+            columns = range(column0, min(k, column0 + pattern.m))
+            rows = range(row0, min(len(kept), row0 + pattern.vector))
+            here = [c - column0 for c in columns if any(kept[r][c] for r in rows)]
+            free = [p for p in range(pattern.m) if p not in here]
+            row += sorted(here + free[: pattern.n - len(here)])
+        positions.append(row)
+    return positions
+
+
+def nm_values(
+    pattern: NM, bits: list[list[int]], kept: list[list[bool]], positions: list[list[int]]
+) -> list[list[int]]:
+    """Per row: the bits of each slot."""
+    values = []
+    for r, row in enumerate(bits):
+        slots = []
+        for slot, position in enumerate(positions[r // pattern.vector]):
+            column = slot // pattern.n * pattern.m + position
+            slots.append(row[column] if column < len(row) and kept[r][column] else 0)
+        values.append(slots)
+    return values
+
+
+def bsr_blocks(
+    pattern: BlockSparse, bits: list[list[int]], kept: list[list[bool]]
+) -> tuple[list[int], list[int], list[list[list[int]]]]:
+    """crow, block columns, and each block as rows of bits."""
+    rows, cols = pattern.block_shape
+    n, k = len(bits), len(bits[0])
+    crow, columns, blocks = [0], [], []
+    for row0 in range(0, n, rows):
+        for column0 in range(0, k, cols):
+            block = [
+                [
+                    bits[r][c] if r < n and c < k and kept[r][c] else 0
+                    for c in range(column0, column0 + cols)
+                ]
+                for r in range(row0, row0 + rows)
+            ]
+            inside = [
+                kept[r][c]
+                for r in range(row0, min(n, row0 + rows))
+                for c in range(column0, min(k, column0 + cols))
+            ]
+            if any(inside):
+                columns.append(column0 // cols)
+                blocks.append(block)
+        crow.append(len(blocks))
+    return crow, columns, blocks
+
+
+def words(width: int, numbers: list[int]) -> bytes:
+    return b"".join(number.to_bytes(width, "little") for number in numbers)
+
+
+def index_bytes(positions: list[list[int]], bits: int) -> bytes:
+    """Positions of each row, least significant bits first, each row on a byte of its own."""
+    out = b""
+    for row in positions:
+        number = sum(position << bits * slot for slot, position in enumerate(row))
+        out += number.to_bytes(up(len(row) * bits, 8), "little")
+    return out
+
+
+@dataclass
+class Sections:
+    """The sections of a buffer, and what the header says of them."""
+
+    order: bytes
+    indices: bytes
+    values: bytes
+    panel_rows: int = 1
+    nnzb: int = 0
+    order_last: bool = False
+
+
+def sections_nm(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, NM)
+    positions = nm_positions(pattern, kept, len(bits[0]))
+    values = nm_values(pattern, bits, kept, positions)
+    packed = index_bytes(positions, 2 if pattern.m <= 4 else 4)
+    return Sections(b"", packed, b"".join(words(size, row) for row in values))
+
+
+def order_section(positions: list[list[int]], chosen: bytes) -> bytes:
+    """2:4 in f32: per panel and 64 columns, 8 pairs of rows; `chosen` says which."""
+    out = b""
+    slots = len(positions[0])
+    for panel in range(up(len(positions), 16)):
+        for slot0 in range(0, slots, 32):
+            count = min(32, slots - slot0)
+            columns: list[dict[int, int]] = []  # per row: column in the block -> slot in its group
+            for r in range(16 * panel, 16 * panel + 16):
+                row = positions[r][slot0 : slot0 + count] if r < len(positions) else [0, 1] * count
+                columns.append({s // 2 * 4 + row[s]: s % 2 for s in range(count)})
+            choice = chosen[len(out) : len(out) + 528]
+            common = choice[0]
+            block = bytes([common, *[0] * 7])
+            rows_seen: list[int] = []
+            for pair in range(8):
+                rows = choice[8 + 65 * pair]
+                a, b = rows % 16, rows // 16
+                assert a < b, "the lower row comes first"
+                rows_seen += [a, b]
+                shared = sorted(columns[a].keys() & columns[b].keys())
+                assert len(shared) >= common, "a pair has too few columns in common"
+                shared = shared[len(shared) - common :]
+                entries = [c << 2 | columns[a][c] << 1 | columns[b][c] for c in shared]
+                left = [[c for c in sorted(columns[r]) if c not in shared] for r in (a, b)]
+                for in_a, in_b in zip(*left, strict=True):
+                    entries += [
+                        in_a << 2 | columns[a][in_a] << 1,
+                        in_b << 2 | columns[b][in_b] << 1,
+                    ]
+                block += bytes([rows, *entries]).ljust(65, b"\0")
+            assert sorted(rows_seen) == list(range(16)), "each row has one partner"
+            assert rows_seen[::2] == sorted(rows_seen[::2]), "pairs are in the order of their rows"
+            out += block
+    return out
+
+
+def sections_nm_rows16(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, NM)
+    positions = nm_positions(pattern, kept, len(bits[0]))
+    rows = nm_values(pattern, bits, kept, positions)
+    pairs = up(len(rows[0]), 2)
+    index_words, values = [], []
+    for panel in range(up(len(rows), 16)):
+
+        def position(row: int, slot: int, panel: int = panel) -> int:
+            row += 16 * panel
+            inside = row < len(rows) and slot < len(rows[0])
+            return positions[row // pattern.vector][slot] if inside else 0
+
+        def value(row: int, slot: int, panel: int = panel) -> int:
+            row += 16 * panel
+            return rows[row][slot] if row < len(rows) and slot < len(rows[0]) else 0
+
+        for pair in range(pairs):
+            even, odd = 2 * pair, 2 * pair + 1
+            if pattern.m <= 4:
+                nibbles = [[position(r, even) | position(r, odd) << 2 for r in range(16)]]
+            else:
+                nibbles = [[position(r, slot) for r in range(16)] for slot in (even, odd)]
+            for each in nibbles:
+                index_words.append(sum(each[r] << (4 * (r // 2) + 32 * (r % 2)) for r in range(16)))
+            if size == 4:
+                values += [value(r, slot) for slot in (even, odd) for r in range(16)]
+            else:
+                values += [value(r, slot) for r in range(16) for slot in (even, odd)]
+    order = b""
+    if (pattern.n, pattern.m, pattern.vector, size) == (2, 4, 1, 4):
+        order = order_section(positions, chosen)
+    return Sections(order, words(8, index_words), words(size, values), 16, order_last=True)
+
+
+def sections_bsr(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, BlockSparse)
+    crow, columns, blocks = bsr_blocks(pattern, bits, kept)
+    values = [element for block in blocks for row in block for element in row]
+    return Sections(words(4, crow), words(4, columns), words(size, values), nnzb=len(blocks))
+
+
+def sections_bsr_rows(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, BlockSparse)
+    rows, cols = pattern.block_shape
+    crow, columns, blocks = bsr_blocks(pattern, bits, kept)
+    panel_rows = max(p for p in (16, 8, 4, 2, 1) if rows % p == 0)
+    values = []
+    for first, end in itertools.pairwise(crow):
+        for row0 in range(0, rows, panel_rows):
+            for block in blocks[first:end]:
+                panel = block[row0 : row0 + panel_rows]
+                if size == 2 and cols % 2 == 0:
+                    values += [
+                        row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
+                    ]
+                else:
+                    values += [row[c] for c in range(cols) for row in panel]
+    starts = words(4, [column * cols for column in columns])
+    return Sections(words(4, crow), starts, words(size, values), panel_rows, len(blocks))
+
+
+Packer = Callable[[Pattern, list[list[int]], list[list[bool]], int, bytes], Sections]
+FORMATS: dict[str, tuple[int, str, Packer]] = {
+    "nm": (0, "nm", sections_nm),
+    "bsr": (1, "bsr", sections_bsr),
+    "nm_rows16": (2, "nm", sections_nm_rows16),
+    "bsr_rows": (3, "bsr", sections_bsr_rows),
+}
+
+
+def checksum(fields: bytes) -> int:
+    total = 0xCBF29CE484222325
+    for (word,) in struct.iter_unpack("<Q", fields):
+        total = (total ^ word) * 0x100000001B3 % 2**64
+    return total
+
+
+def pack(weight: Tensor, mask: Tensor, pattern: Pattern, format: str, chosen: bytes = b"") -> bytes:
+    """The bytes of a format. `chosen`: an order section to take the partners from."""
+    number, family, packer = FORMATS[format]
+    assert pattern.family == family
+    bits = element_bits(weight)
+    parts = packer(pattern, bits, mask.tolist(), weight.element_size(), chosen)
+    places = ["order", "indices", "values"]
+    if parts.order_last:
+        places = ["indices", "values", "order"]
+    offsets, body = {}, b""
+    for place in places:
+        section = getattr(parts, place)
+        offsets[place] = HEADER_BYTES + len(body)
+        body += section + bytes(-len(section) % ALIGNMENT)
+    code = (0, 0, 0, 0, 0, 0)
+    if isinstance(pattern, NM):
+        code = (0, pattern.n, pattern.m, pattern.vector, 0, 0)
+    elif isinstance(pattern, BlockSparse):
+        code = (1, 0, 0, 0, *pattern.block_shape)
+    fields = HEADER.pack(
+        *(b"SKP1", number, *code, DTYPES.index(weight.dtype), parts.panel_rows, *weight.shape),
+        *(parts.nnzb, offsets["order"], offsets["indices"], offsets["values"]),
+        *(HEADER_BYTES + len(body), 0),
+    )
+    header = fields[:-8] + words(8, [checksum(fields[:-8])])
+    return header + bytes(HEADER_BYTES - len(header)) + body
+
+
+# ---- the bytes are the library's -----------------------------------------------------------------
+
+
+def formats_of(pattern: Pattern) -> list[str]:
+    return [name for name, (_, family, _) in FORMATS.items() if family == pattern.family]
+
+
+CASES = [(text, name) for text in PATTERNS for name in formats_of(parse_pattern(text))]
+
+
+def make_weight(
+    pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor]:
+    """A weight and a mask that keeps a little less than the pattern allows."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    mask = pattern.mask(torch.rand(shape, generator=generator))
+    return weight, mask & (torch.rand(shape, generator=generator) < 0.9)
+
+
+def test_every_format_has_a_packer_here() -> None:
+    assert {info.format for info in _native.kernels()} <= set(FORMATS)
+    weight, mask = make_weight(parse_pattern("2:4"), (4, 4), torch.float32, 0)
+    with pytest.raises(ValueError, match=f"expected one of {', '.join(FORMATS)}, got"):
+        _native.pack(_native.compress(weight, mask, parse_pattern("2:4")), "unknown")
+
+
+@pytest.mark.parametrize(("text", "format"), CASES, ids=[f"{t}-{f}" for t, f in CASES])
+def test_bytes(text: str, format: str) -> None:
+    pattern = parse_pattern(text)
+    for seed, (dtype, shape) in enumerate((d, s) for d in DTYPES for s in SHAPES):
+        weight, mask = make_weight(pattern, shape, dtype, seed)
+        canonical = _native.compress(weight, mask, pattern)
+        packed = bytes(_native.pack(canonical, format).tolist())
+        order = packed[fields_of(packed)["order_offset"] :]
+        expected = pack(weight, mask, pattern, format, order)
+        assert packed[:HEADER_BYTES] == expected[:HEADER_BYTES], (dtype, shape)
+        assert packed == expected, (dtype, shape)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_canonical_arrays_are_the_sections_of_the_canonical_format(text: str) -> None:
+    pattern = parse_pattern(text)
+    weight, mask = make_weight(pattern, (21, 37), torch.bfloat16, 1)
+    canonical = _native.compress(weight, mask, pattern)
+    _, _, packer = FORMATS[pattern.family]
+    parts = packer(pattern, element_bits(weight), mask.tolist(), 2, b"")
+
+    def raw(tensor: Tensor | None) -> bytes:
+        return (
+            b""
+            if tensor is None
+            else bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+        )
+
+    assert raw(canonical.values) == parts.values
+    assert raw(canonical.indices) == parts.indices
+    assert raw(canonical.crow_indices) == parts.order
+
+
+# ---- the README's examples -----------------------------------------------------------------------
+
+NM_EXAMPLE = ("2:4", [[5, 0, 0, 6, 0, 7, 8, 0], [0, 1, 2, 0, 3, 0, 0, 4]])
+BSR_EXAMPLE = (
+    "bsr6x2@0.33",
+    [[3 * r + 1, 3 * r + 2, 0, 0, 3 * r + 3] for r in range(6)],
+)
+
+
+def example(which: tuple[str, list[list[int]]], dtype: torch.dtype, format: str) -> bytes:
+    """The library's bytes for a small matrix whose zeros are pruned."""
+    weight = torch.tensor(which[1], dtype=dtype)
+    canonical = _native.compress(weight, weight != 0, parse_pattern(which[0]))
+    return bytes(_native.pack(canonical, format).tolist())
+
+
+def fields_of(data: bytes) -> dict[str, int]:
+    return dict(zip(FIELDS, HEADER.unpack_from(data), strict=True))
+
+
+def numbers(data: bytes, offset: int, count: int, dtype: torch.dtype) -> list[int]:
+    raw = bytearray(data[offset : offset + count * dtype.itemsize])
+    return [int(v) for v in torch.frombuffer(raw, dtype=dtype).tolist()]
+
+
+def lines_of(values: list[int], width: int, cell: int = 2) -> list[str]:
+    rows = [values[at : at + width] for at in range(0, len(values), width)]
+    return [" ".join(f"{v or '.':>{cell}}" for v in row) for row in rows]
+
+
+def render_header() -> list[str]:
+    data = example(NM_EXAMPLE, torch.float32, "nm")
+    lines = []
+    at = 0
+    for name, value in fields_of(data).items():
+        size = 4 if at < 40 else 8
+        if name == "magic":
+            shown = "'SKP1'"
+        elif name == "checksum":
+            shown = f"0x{value:016x}"
+        else:
+            shown = str(value)
+        lines.append(f"{at:3}  {size}  {name:<15} {shown}")
+        at += size
+    return lines
+
+
+def render_nm() -> list[str]:
+    data = example(NM_EXAMPLE, torch.float32, "nm")
+    head = fields_of(data)
+    indices = data[head["indices_offset"] :][:2]
+    values = lines_of(numbers(data, head["values_offset"], 8, torch.float32), 4)
+    return [
+        f"byte {head['indices_offset']}  indices  row 0  {indices[:1].hex(' ')}",
+        f"                   row 1  {indices[1:].hex(' ')}",
+        f"byte {head['values_offset']}  values   row 0  {values[0]}",
+        f"                   row 1  {values[1]}",
+        f"byte {head['bytes']}  end",
+    ]
+
+
+def render_order() -> list[str]:
+    data = example(NM_EXAMPLE, torch.float32, "nm_rows16")
+    head = fields_of(data)
+    block = data[head["order_offset"] :][:528]
+    common = block[0]
+    lines = [f"byte {head['order_offset']}  order  S = {common}"]
+    for pair in range(3):
+        at = 8 + 65 * pair
+        rows, entries = block[at], block[at + 1 : at + 1 + 8 - common]
+        both, alone = entries[:common].hex(" "), entries[common:].hex(" ")
+        pair_of = f"rows {rows % 16:2}, {rows // 16:2}"
+        lines.append(f"  + {at:3}  {pair_of}   both  {both}   alone  {alone}".rstrip())
+    return [*lines, "  ...", f"byte {head['bytes']}  end"]
+
+
+def render_nm_rows16(dtype: torch.dtype) -> list[str]:
+    data = example(NM_EXAMPLE, dtype, "nm_rows16")
+    head = fields_of(data)
+    lines = []
+    for pair, (word,) in enumerate(struct.iter_unpack("<Q", data[head["indices_offset"] :][:16])):
+        place = f"byte {head['indices_offset']}  indices" if pair == 0 else " " * 17
+        lines.append(f"{place}  pair {pair}  {word:016x}")
+    rows = lines_of(
+        numbers(data, head["values_offset"], 64, dtype), 16 if dtype.itemsize == 4 else 32
+    )
+    for at, row in enumerate(rows):
+        place = f"byte {head['values_offset']}  values " if at == 0 else " " * 17
+        label = f"slot {at}" if dtype.itemsize == 4 else f"pair {at}"
+        lines.append(f"{place}  {label}  {row}")
+    end = head["order_offset"]  # what follows is render_order's
+    return [*lines, f"byte {end}  {'order' if dtype.itemsize == 4 else 'end'}"]
+
+
+def render_bsr(format: str, dtype: torch.dtype) -> list[str]:
+    data = example(BSR_EXAMPLE, dtype, format)
+    head = fields_of(data)
+    crow = lines_of(numbers(data, head["order_offset"], 2, torch.int32), 2)
+    columns = [str(v) for v in numbers(data, head["indices_offset"], 2, torch.int32)]
+    values = numbers(data, head["values_offset"], 24, dtype)
+    lines = [
+        f"byte {head['order_offset']}  crow     {crow[0].replace('.', '0')}",
+        f"byte {head['indices_offset']}  indices  {' '.join(f'{c:>2}' for c in columns)}",
+    ]
+    panels = head["block_rows"] // head["panel_rows"] if format == "bsr_rows" else 1
+    width = len(values) // panels // 2
+    for at, row in enumerate(lines_of(values, width)):
+        place = f"byte {head['values_offset']}  values " if at == 0 else " " * 17
+        label = f"panel {at // 2}  block {at % 2}" if format == "bsr_rows" else f"block {at}"
+        lines.append(f"{place}  {label}  {row}")
+    return [*lines, f"byte {head['bytes']}  end"]
+
+
+EXAMPLES: dict[str, Callable[[], list[str]]] = {
+    "header": render_header,
+    "nm": render_nm,
+    "bsr": lambda: render_bsr("bsr", torch.float32),
+    "nm_rows16 f32": lambda: render_nm_rows16(torch.float32),
+    "nm_rows16 order": render_order,
+    "nm_rows16 bf16": lambda: render_nm_rows16(torch.bfloat16),
+    "bsr_rows f32": lambda: render_bsr("bsr_rows", torch.float32),
+    "bsr_rows bf16": lambda: render_bsr("bsr_rows", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_readme_example(name: str) -> None:
+    """What the README prints under the marker is what the library writes."""
+    _, _, rest = README.read_text().partition(f"<!-- example: {name} -->\n\n```text\n")
+    printed = rest.partition("\n```")[0].split("\n")
+    assert printed == [line.rstrip() for line in EXAMPLES[name]()]
+
+
+def test_readme_has_no_other_examples() -> None:
+    text = README.read_text()
+    assert text.count("<!-- example: ") == len(EXAMPLES)
+    for format, (number, _, _) in FORMATS.items():
+        assert f"| {number} | `{format}` |" in text
