@@ -64,6 +64,8 @@ def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would otherwise spin into the next rival's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
