@@ -163,12 +163,14 @@ class NM(Pattern):
         # Positions beyond k come last in their group, so ties already favour the real ones.
         padded = nn.functional.pad(summed, (0, groups * self.m - columns), value=-torch.inf)
         by_position = padded.view(-1, groups, self.m).permute(2, 0, 1).contiguous()
-        keep = torch.empty_like(by_position, dtype=torch.bool)
-        for position in range(self.m):
-            own = by_position[position]
-            better = (by_position[:position] >= own).sum(0, dtype=torch.int16)
-            better += (by_position[position + 1 :] > own).sum(0, dtype=torch.int16)
-            keep[position] = better < self.n
+        # How many positions of its group are better; of equals, the earlier one is.
+        beaten = torch.zeros_like(by_position, dtype=torch.uint8)
+        for later in range(self.m):
+            for earlier in range(later):
+                loses = by_position[earlier] >= by_position[later]
+                beaten[later] += loses
+                beaten[earlier] += ~loses
+        keep = beaten < self.n
         flat = keep.permute(1, 2, 0).reshape(-1, groups * self.m)[:, :columns]
         return flat.repeat_interleave(self.vector, 0)[:rows]
 
@@ -276,7 +278,7 @@ class BlockSparse(Pattern):
     def occupancy(self, mask: Tensor) -> Tensor:
         """Which blocks hold a kept value: bool `[blocks along n, blocks along k]`."""
         union = _any_rows(mask, self.block_shape[0])
-        return _any_rows(union.t(), self.block_shape[1]).t()
+        return _any_columns(union, self.block_shape[1])
 
     def first_violation(self, mask: Tensor) -> str | None:
         _check_mask(mask)
@@ -455,23 +457,25 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     tall = [shape for shape in shapes if shape[1] == 1 and shape[0] >= 4]
     found = _detect_blocks(kept, occupancy, wide, zeros)
     if found is None:
-        found = _detect_nm(kept, (16, 8, 4), zeros)
+        vectors = {rows: occupancy[rows, 1] for rows in VECTOR_SIZES if rows > 1}
+        found = _detect_nm(vectors, zeros, kept.numel())
     if found is None:
         found = _detect_blocks(kept, occupancy, tall, zeros)
     if found is None:
-        found = _detect_nm(kept, (1,), zeros)
+        found = _detect_nm({1: kept}, zeros, kept.numel())
     return found
 
 
-def _detect_nm(kept: Tensor, vectors: Sequence[int], zeros: int) -> Pattern | None:
-    density = 1.0 - zeros / kept.numel()
+def _detect_nm(unions: Mapping[int, Tensor], zeros: int, values: int) -> Pattern | None:
+    densest = max(0.5, MAX_SLACK * (1.0 - zeros / values))
     found = []
-    for vector in vectors:
-        union = _any_rows(kept, vector)
+    for vector, union in unions.items():
+        if int(union.sum()) > densest * union.numel():
+            continue  # no group size can bring it below its own mean
         for m in GROUP_SIZES:
             n = max(1, int(_count_groups(union, m).max()))
             usual = next((have for have in _USUAL_NM if have[1] == m and n <= have[0]), None)
-            if n < m and n / m <= density * MAX_SLACK:
+            if n < m and n / m <= MAX_SLACK * (1.0 - zeros / values):
                 found.append(NM(n, m, vector))
             elif usual:
                 found.append(NM(*usual, vector))
@@ -503,7 +507,7 @@ def _occupancies(kept: Tensor) -> dict[tuple[int, int], Tensor]:
     out = {(1, 1): kept}
     for across in sides:
         if across > 1:
-            out[1, across] = _any_rows(out[1, across // 2].t(), 2).t()
+            out[1, across] = _any_columns(out[1, across // 2], 2)
         for down in sides[1:]:
             out[down, across] = _any_rows(out[down // 2, across], 2)
     return out
@@ -574,13 +578,44 @@ def _any_rows(mask: Tensor, tile: int) -> Tensor:
     if tile == 1:
         return mask
     padded = nn.functional.pad(mask, (0, 0, 0, -mask.shape[0] % tile))
-    return padded.reshape(-1, tile, mask.shape[1]).any(1)
+    rows = padded.reshape(-1, tile, mask.shape[1])
+    out = rows[:, 0].clone()
+    for row in range(1, tile):
+        out |= rows[:, row]
+    return out
+
+
+def _any_columns(mask: Tensor, tile: int) -> Tensor:
+    """Whether any of each `tile` columns is True; the last group may hold fewer."""
+    for width, integer in _INTEGERS.items():
+        if tile % width == 0:  # bytes side by side, tested as one number
+            return _any_columns(_side_by_side(mask, width, integer) != 0, tile // width)
+    if tile == 1:
+        return mask
+    padded = nn.functional.pad(mask, (0, -mask.shape[1] % tile))
+    return padded.view(mask.shape[0], -1, tile).any(2)
 
 
 def _count_groups(mask: Tensor, m: int) -> Tensor:
     """How many of each `m` columns are True, `[rows, groups]`; the last group may hold fewer."""
-    padded = nn.functional.pad(mask, (0, -mask.shape[1] % m))
-    return padded.view(mask.shape[0], -1, m).sum(2, dtype=torch.int16)
+    if m == 16:
+        halves = nn.functional.pad(mask, (0, -mask.shape[1] % m))
+        counts = _count_groups(halves, 8)
+        return counts[:, ::2] + counts[:, 1::2]
+    # Bytes of 0 or 1 side by side: the top byte of this product is their sum.
+    ones = sum(1 << 8 * byte for byte in range(m))
+    return (_side_by_side(mask, m, _INTEGERS[m]) * ones) >> 8 * (m - 1)
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _side_by_side(mask: Tensor, width: int, integer: torch.dtype) -> Tensor:
+    """Each `width` bytes of a row as one integer; a row is filled up with zeros."""
+    missing = -mask.shape[1] % width
+    whole = nn.functional.pad(mask, (0, missing)) if missing else mask.contiguous()
+    # A slice may start at an address that is no multiple of the integer's size.
+    return (whole.clone() if whole.data_ptr() % width else whole).view(integer)
 
 
 def _span(what: str, start: int, stop: int) -> str:
