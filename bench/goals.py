@@ -6,6 +6,7 @@ python -m bench.goals [--threads 2] [--rounds 21]
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table.add_column("measured", justify="right")
     for goal in tqdm(goals(), desc="measuring"):
         table.add_row(*measure(goal, options.rounds))
-    Console().print(table)
+    # Whole words in a log file too.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":
