@@ -2,7 +2,6 @@
 
 import platform
 import re
-import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsekit import _native, patterns, prune
+from sparsekit import patterns, prune
 from sparsekit.prune import methods, scores
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -64,45 +63,3 @@ def test_the_guide_to_a_kernel_compiles(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     include = [f"-I{DOCS.parent / 'csrc'}", f"-I{DOCS.parent / 'csrc' / 'include'}"]
     subprocess.run(["c++", *flags, *include, "-fsyntax-only", str(file)], check=True)
-
-
-def packed(dense: list[list[float]], pattern: str, format: str) -> tuple[_native.Canonical, bytes]:
-    weight = torch.tensor(dense, dtype=torch.float32)
-    canonical = _native.compress(weight, weight != 0, patterns.parse_pattern(pattern))
-    return canonical, bytes(_native.pack(canonical, format).tolist())
-
-
-def test_the_layouts_example_of_nm() -> None:
-    text = (DOCS.parent / "csrc" / "layout" / "README.md").read_text()
-    canonical, data = packed(
-        [[5, 0, 0, 6, 0, 7, 8, 0], [0, 1, 2, 0, 3, 0, 0, 4]], "2:4", "nm_rows16"
-    )
-    assert canonical.values.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
-    assert canonical.indices.tolist() == [[0x9C], [0xC9]]
-    assert "indices = 9c " in text
-    words = struct.unpack("<2Q", data[128:144])
-    for number, word in enumerate(words):
-        assert f"word {number} = {word >> 32:08x} {word & 0xFFFFFFFF:08x}" in text
-
-
-def test_the_layouts_example_of_blocks() -> None:
-    canonical, data = packed(
-        [[0, 0, 1, 2, 0, 0], [0, 0, 3, 4, 0, 0], [5, 6, 0, 0, 9, 10], [7, 8, 0, 0, 11, 12]],
-        "bsr2x2@0.5",
-        "bsr_rows",
-    )
-    assert canonical.crow_indices is not None
-    assert canonical.crow_indices.tolist() == [0, 1, 3]
-    assert canonical.indices.tolist() == [1, 0, 2]
-    assert canonical.values.flatten().tolist() == list(range(1, 13))
-    assert struct.unpack("<3i", data[128:140]) == (0, 1, 3)
-    assert struct.unpack("<3I", data[192:204]) == (2, 0, 4)
-    assert struct.unpack("<12f", data[256:304]) == (1, 3, 2, 4, 5, 7, 6, 8, 9, 11, 10, 12)
-
-
-def test_the_layouts_header() -> None:
-    _, data = packed([[1, 0, 0, 2]], "2:4", "nm")
-    assert data[:4] == b"SKP1"
-    assert struct.unpack_from("<i6i2i", data, 4) == (0, 0, 2, 4, 1, 0, 0, 0, 1)
-    n, k, nnzb, _, indices, values, size = struct.unpack_from("<7q", data, 40)
-    assert (n, k, nnzb, indices, values, size) == (1, 4, 0, 128, 192, len(data))
