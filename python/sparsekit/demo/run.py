@@ -26,6 +26,7 @@ from sparsekit import _native
 from sparsekit.convert import convert
 from sparsekit.demo import corpus, encoder, evaluate, fresh, latency, picture
 from sparsekit.demo import report as pages
+from sparsekit.demo.recovery import retrieval_loss
 from sparsekit.io import save
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import METHODS, DistillReport, PruneReport, distill, prune
@@ -33,7 +34,6 @@ from sparsekit.prune import METHODS, DistillReport, PruneReport, distill, prune
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _BLOCKS = r"re:bert\.encoder\.layer\.\d+"
-_RECOVERY_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Effort:
 
     Attributes:
         calibration_texts: About how many texts pruning sees.
+        reconstruction: How the kept weights are fitted to the dense outputs, whatever method chose
+            them: "least_squares" is better, "sweep" faster.
         recovery_steps: Distillation steps, of 32 texts each.
         recovery_seconds: Distillation ends after this time at the latest.
         rounds: Timed rounds by batch size.
@@ -49,14 +51,15 @@ class Effort:
     """
 
     calibration_texts: int
+    reconstruction: str
     recovery_steps: int
     recovery_seconds: float
     rounds: dict[int, int]
     compile_models: bool
 
 
-_FULL = Effort(300, 160, 110.0, {1: 30, 32: 9}, True)
-_QUICK = Effort(64, 8, 12.0, {1: 5, 32: 3}, False)
+_FULL = Effort(300, "least_squares", 240, 110.0, {1: 30, 32: 9}, True)
+_QUICK = Effort(64, "sweep", 8, 12.0, {1: 5, 32: 3}, False)
 
 
 def run(
@@ -204,8 +207,7 @@ class _Demo:
                 method=self.method,
                 calibration=encoder.batches(self.tokenizer, seen),
                 targets=encoder.ENCODER_LINEARS,
-                # Whatever chose the mask: the kept weights are then fitted to the dense outputs.
-                reconstruction="least_squares",
+                reconstruction=self.effort.reconstruction,
             )
         with self._stage("embedding with the pruned model"):
             pruned = self._embed(student, texts, "pruned")
@@ -213,13 +215,14 @@ class _Demo:
         training = texts.training_texts()
         self.recovery_texts = len(training)
         with self._stage("recovery"):
+            bank = encoder.embed(dense, self.tokenizer, texts.bank(), label="embedding, bank")
             recovery = distill(
                 student,
                 dense,
-                encoder.batches(self.tokenizer, training, tokens=_RECOVERY_TOKENS),
+                encoder.batches(self.tokenizer, training),
                 pruning.masks,
                 hidden=_BLOCKS,
-                output_loss="cosine",
+                output_loss=retrieval_loss(bank),
                 steps=self.effort.recovery_steps,
                 max_seconds=self.effort.recovery_seconds,
                 autocast="auto",
