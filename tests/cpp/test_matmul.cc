@@ -16,8 +16,10 @@ struct Shape {
   int64_t n, k;
   bool all_rows;  // or three of kRows in turn
 };
-constexpr Shape kShapes[] = {{1, 1, true},   {17, 1, false},   {1, 37, false},   {15, 33, false},
-                             {33, 70, true}, {65, 131, false}, {97, 203, false}, {16, 64, false}};
+// Odd sizes around every tile, and the last two for the blocks of rows and columns that caches hold.
+constexpr Shape kShapes[] = {{1, 1, true},     {17, 1, false},   {1, 37, false},   {15, 33, false},
+                             {33, 70, true},   {65, 131, false}, {97, 203, false}, {16, 64, false},
+                             {601, 40, false}, {5, 700, false}};
 
 // y in the middle of a larger matrix whose other elements must keep their value.
 class Canvas {
