@@ -9,20 +9,27 @@ from statistics import median
 # Thread pools (OpenMP, ONNX Runtime) spin for a while after a call and would take cores away from
 # the next rival; after this pause they sleep.
 _SETTLE_S = 0.003
+# Calls of a turn: some to wake the rival's threads and fill the caches with its data, then the timed.
+_WARM_CALLS = 2
+_TIMED_CALLS = 3
 
 
 def settle(call: Callable[[], object]) -> None:
-    """Lets other thread pools fall asleep, then calls once to wake this one and warm its caches."""
+    """Lets other thread pools fall asleep, then wakes this one and warms its caches."""
     time.sleep(_SETTLE_S)
-    call()
+    for _ in range(_WARM_CALLS):
+        call()
 
 
 def timed_call(call: Callable[[], object]) -> float:
-    """Seconds of one settled call."""
+    """Seconds of a call of a settled rival: the median of three."""
     settle(call)
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    seconds = []
+    for _ in range(_TIMED_CALLS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 class Rivals:
@@ -37,12 +44,12 @@ class Rivals:
         self.seconds: dict[str, list[float]] = {name: [] for name in self._calls}
 
     def run_round(self) -> None:
-        """Times every call once."""
+        """Gives every call its turn."""
         for name, call in self._calls.items():
             self.seconds[name].append(timed_call(call))
 
     def run(self, rounds: int) -> Rivals:
-        """Times every call `rounds` times, in turns."""
+        """Gives every call `rounds` turns."""
         for _ in range(rounds):
             self.run_round()
         return self

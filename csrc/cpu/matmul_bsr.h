@@ -83,9 +83,14 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
   for (int r = 0; r < kRows; ++r) add_block<S, kVectors>(acc + r * kWidth, sum[r], first);
 }
 
-// Columns of a block, rounded up to blocks of W. Rows of W share every load of x, so its panel may
-// lie in L2: the block is as long as sums may be.
-constexpr int64_t kBsrBlockColumns = 256;
+// Columns of a block of the tile. Rows of W share every load of x, so its panel may lie in L2 and the
+// block is as long as sums may be: about 128 terms, which is more columns the sparser W is.
+inline int64_t bsr_block_columns(const PackedHeader& h) {
+  const int64_t cols = h.pattern.block_cols;
+  const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
+  const double columns = 128 * double(h.n) * double(h.k) / std::max(kept, 1.0);
+  return ceil_div(int64_t(std::min(std::max(columns, 256.0), 2048.0)), 2 * cols) * 2 * cols;
+}
 
 // Rows at a time and the widest tile for them: what fills the registers without spilling.
 template <class S>
@@ -116,7 +121,7 @@ class BsrTileKernel {
             h_.pattern.block_rows,
             round_up(round_up(h_.k, cols), 2),
             Op::kFloatsX2,
-            ceil_div(kBsrBlockColumns, 2 * cols) * 2 * cols};
+            bsr_block_columns(h_)};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {

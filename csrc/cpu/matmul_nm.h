@@ -330,7 +330,9 @@ double tile_cost_us(const Problem& p, double per_cycle) {
 template <class S>
 double decode_cost_us(const Problem& p) {
   const double steps = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
-  return std::max(weight_bytes(p) / 22e3, steps / (S::kLanes == 16 ? 1.2e3 : 1.8e3)) / p.threads +
+  return std::max(weight_bytes(p) / (S::kLanes == 16 ? 22e3 : 20e3),
+                  steps / (S::kLanes == 16 ? 1.2e3 : 1.8e3)) /
+             p.threads +
          2;
 }
 
