@@ -89,6 +89,14 @@ def test_a_win_needs_more_than_noise() -> None:
     assert not verdict(10.0, "wrong").wins
 
 
+def test_noise_is_undecided() -> None:
+    assert not gate._is_undecided([(2.0, 1.0)] * 7)
+    assert not gate._is_undecided([(1.0, 1.0)] * 7)
+    # The pairs say 1.0, the medians 1.2: a burst hit the two sides unevenly.
+    noisy = [(3.0, 3.0), (3.0, 3.0), (9.0, 1.0), (3.0, 3.0), (1.0, 2.0), (1.0, 1.0)]
+    assert gate._is_undecided(noisy)
+
+
 # --- the cache --------------------------------------------------------------------------------
 
 
