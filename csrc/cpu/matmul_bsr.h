@@ -84,12 +84,12 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
 }
 
 // Columns of a block of the tile. Rows of W share every load of x, so its panel may lie in L2 and the
-// block is as long as sums may be: about 128 terms, which is more columns the sparser W is.
+// block is as long as sums may be: about 64 terms, which is more columns the sparser W is.
 inline int64_t bsr_block_columns(const PackedHeader& h) {
   const int64_t cols = h.pattern.block_cols;
   const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
-  const double columns = 128 * double(h.n) * double(h.k) / std::max(kept, 1.0);
-  return ceil_div(int64_t(std::min(std::max(columns, 256.0), 2048.0)), 2 * cols) * 2 * cols;
+  const double columns = 64 * double(h.n) * double(h.k) / std::max(kept, 1.0);
+  return ceil_div(int64_t(std::min(std::max(columns, 128.0), 2048.0)), 2 * cols) * 2 * cols;
 }
 
 // Rows at a time and the widest tile for them: what fills the registers without spilling.
