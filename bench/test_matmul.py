@@ -27,7 +27,7 @@ def test_matmul(case: Case, benchmark: BenchmarkFixture, request: pytest.Fixture
         benchmark.pedantic(
             prepared.ours,
             setup=before_each_round,
-            rounds=rounds_within(option.seconds, 2 * once),
+            rounds=rounds_within(option.seconds, 5 * once),
         )
     assert benchmark.stats is not None, "run it with --benchmark-only"
     rivals.seconds["ours"] = list(benchmark.stats.stats.data)
