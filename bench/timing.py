@@ -9,7 +9,7 @@ from statistics import median
 # Thread pools (OpenMP, ONNX Runtime) spin for a while after a call and would take cores away from
 # the next rival; after this pause they sleep.
 _SETTLE_S = 0.003
-# Calls of a turn: some to wake the rival's threads and fill the caches with its data, then the timed.
+# Calls of a turn: some to wake the rival's threads and fill the caches, then those that are timed.
 _WARM_CALLS = 2
 _TIMED_CALLS = 3
 
