@@ -7,6 +7,7 @@ Each function takes `(weight [n, k], pattern, score, moment [k, k] or None, opti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,13 +117,22 @@ def least_squares(
     target = weight @ damped
     out = torch.zeros_like(weight)
     patterns, rows_of = mask.unique(dim=0, return_inverse=True)
-    for index, keep in enumerate(patterns):
+
+    def solve(index: int) -> None:
         rows = (rows_of == index).nonzero().flatten()
-        kept = keep.nonzero().flatten()
+        kept = patterns[index].nonzero().flatten()
         if len(kept):
             factor = torch.linalg.cholesky(damped[kept][:, kept])
             solved = torch.cholesky_solve(target[rows][:, kept].t(), factor).t()
             out[rows[:, None], kept] = solved
+
+    # Many small factorisations: one on each thread is faster than each one on all of them.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(solve, range(len(patterns))))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is the default of new threads
     return out, mask
 
 
