@@ -77,14 +77,9 @@ class Corpus:
     unpaired: tuple[Docstring, ...]
 
     def training_texts(self) -> list[str]:
-        """What recovery trains on: both parts of the pairs, and other texts as long as theirs."""
+        """What recovery trains on: both parts of the pairs, and every unpaired text."""
         pairs = [part for doc in self.calibration for part in (doc.query, doc.document)]
-        return pairs + [doc.text for doc in self.unpaired if doc.length > MIN_CHARACTERS]
-
-    def bank(self) -> list[str]:
-        """Documents to be similar to: those of the pairs, and public texts without two parts."""
-        pairs = [doc.document for doc in self.calibration]
-        return pairs + [doc.text for doc in self.unpaired if doc.is_candidate]
+        return pairs + [doc.text for doc in self.unpaired]
 
     def digest(self) -> str:
         """SHA-256 over all texts and the split, to compare two machines' reports."""

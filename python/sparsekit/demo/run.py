@@ -26,13 +26,13 @@ from sparsekit import _native
 from sparsekit.convert import convert
 from sparsekit.demo import corpus, encoder, evaluate, fresh, latency, picture
 from sparsekit.demo import report as pages
-from sparsekit.demo.recovery import retrieval_loss
 from sparsekit.io import save
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import METHODS, DistillReport, PruneReport, distill, prune
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+_RECOVERY_TOKENS = 64
 _BLOCKS = r"re:bert\.encoder\.layer\.\d+"
 
 
@@ -215,14 +215,13 @@ class _Demo:
         training = texts.training_texts()
         self.recovery_texts = len(training)
         with self._stage("recovery"):
-            bank = encoder.embed(dense, self.tokenizer, texts.bank(), label="embedding, bank")
             recovery = distill(
                 student,
                 dense,
-                encoder.batches(self.tokenizer, training),
+                encoder.batches(self.tokenizer, training, tokens=_RECOVERY_TOKENS),
                 pruning.masks,
                 hidden=_BLOCKS,
-                output_loss=retrieval_loss(bank),
+                output_loss="cosine",
                 steps=self.effort.recovery_steps,
                 max_seconds=self.effort.recovery_seconds,
                 autocast="auto",
