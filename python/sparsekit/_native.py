@@ -18,8 +18,6 @@ from sparsekit.patterns import NM, BlockSparse, Pattern
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-ALIGNMENT = 64
-"""Bytes: every packed buffer starts on a cache line."""
 
 _DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
 _PatternTuple = tuple[int, int, int, int, int, int]
@@ -191,18 +189,14 @@ def validate(c: Canonical) -> None:
 
 
 def pack(c: Canonical, format: str) -> Tensor:
-    """Canonical to the bytes of a format: uint8 [bytes], aligned to 64 bytes."""
+    """Canonical to the bytes of a format: uint8 [bytes].
+
+    The library wants a cache line's alignment, which torch's CPU allocator gives.
+    """
     weight = _weight(c)
-    data = aligned_empty(_C.packed_bytes(weight, format))
+    data = torch.empty(_C.packed_bytes(weight, format), dtype=torch.uint8)
     _C.pack(weight, format, data.data_ptr(), data.numel())
     return data
-
-
-def aligned_empty(nbytes: int) -> Tensor:
-    """An uninitialised uint8 tensor that starts on a cache line."""
-    storage = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    offset = -storage.data_ptr() % ALIGNMENT
-    return storage[offset : offset + nbytes]
 
 
 def packed_info(data: Tensor) -> PackedInfo:
