@@ -64,11 +64,7 @@ class PackedWeight:
             raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
         format = _native.default_format(canonical.pattern, canonical.dtype, target)
         meta = PackedMeta(format, canonical.pattern, canonical.dtype, canonical.shape, target)
-        data = _native.pack(canonical, format)
-        if data.untyped_storage().nbytes() != data.numel():
-            # A tensor that is its whole storage: savers would otherwise see a cut-out.
-            data = data.clone()
-        return cls(data, meta)
+        return cls(_native.pack(canonical, format), meta)
 
     @property
     def format(self) -> str:
