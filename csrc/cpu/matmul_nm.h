@@ -1,11 +1,8 @@
 // N:M matmul for CPUs, written once for every instruction set (S) and element type (T).
 //
-// Many tokens (tiles.h): one weight is broadcast and meets a vector of tokens of the column it
-// kept.
-//   - rows with positions of their own need a load of x per multiply-add, which a core with two
-//   load
-//     ports can just sustain;
-//   - vectors of 4 rows or more share positions: each load of x serves four rows.
+// Many tokens (tiles.h): one weight is broadcast and meets a vector of tokens of its column. Where
+// vectors of 4 rows or more share positions, each load of x serves four rows; other rows need a load
+// for each multiply-add (matmul_nm_pairs.h does better for 2:4 in f32).
 // Few tokens (decode, m <= 8): 16 rows lie in the lanes; the weights stream by once, and a
 // permutation with the stored positions as control fetches each row's activation from its group.
 #pragma once
@@ -18,8 +15,8 @@
 namespace sk {
 namespace {
 
-// Weight of (slot, row) of a panel in every lane. `values` points to the panel's block; slot is
-// even there.
+// Weight of (slot, row) of a panel in every lane. `values` is the panel's block and starts at an
+// even slot.
 template <class S>
 typename S::V broadcast_weight(const float* values, int64_t slot, int row) {
   return S::set1(values[slot * kRows16 + row]);
