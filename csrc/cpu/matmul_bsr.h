@@ -8,7 +8,6 @@
 #include <array>
 #include <cstring>
 #include <utility>
-#include <vector>
 
 #include "cpu/matmul_nm.h"
 #include "layout/bsr_rows.h"
@@ -18,28 +17,16 @@ namespace {
 
 // How one step of a block multiplies. A step is one column, or a pair of them where the CPU's dot
 // product takes two. `values` is the panel's block, [step][panel_rows].
-template <class S>
-struct FmaF32 {
+template <class S, class T>
+struct Fma {  // in f32, whatever the element type
   using Isa = S;
-  using Element = float;
+  using Element = T;
   static constexpr int kColumns = 1;
   static constexpr int kFloatsX2 = 2;
   static typename S::V weight(const float* values, int64_t step, int64_t panel_rows, int row,
                               bool) {
     return S::set1(values[step * panel_rows + row]);
   }
-  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) {
-    return S::fma(w, S::load(x), sum);
-  }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                   float* panel) {
-    pack_tokens<S, Element>(call, token0, vectors, columns, panel);
-  }
-};
-
-template <class S>
-struct FmaBf16 : FmaF32<S> {  // bf16 weights and activations, multiplied in f32
-  using Element = bf16;
   static typename S::V weight(const bf16* values, int64_t step, int64_t panel_rows, int row,
                               bool paired) {
     if (!paired) return S::set1(to_float(values[step * panel_rows + row]));
@@ -47,9 +34,12 @@ struct FmaBf16 : FmaF32<S> {  // bf16 weights and activations, multiplied in f32
     std::memcpy(&pair, values + ((step >> 1) * panel_rows + row) * 2, 4);
     return step & 1 ? S::high_bf16(S::set1(pair)) : S::low_bf16(S::set1(pair));
   }
+  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) {
+    return S::fma(w, S::load(x), sum);
+  }
   static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
                    float* panel) {
-    pack_tokens<S, Element>(call, token0, vectors, columns, panel);
+    pack_tokens<S, T>(call, token0, vectors, columns, panel);
   }
 };
 
@@ -190,8 +180,7 @@ void run_bsr(const MatmulCall& call) {
   run_tiles<typename Op::Isa, typename Op::Element>(call, BsrTileKernel<Op>(call.weight));
 }
 
-// ---- few tokens: panels of 16 rows in the lanes
-// ------------------------------------------------------
+// ---- few tokens: panels of 16 rows in the lanes ----
 
 template <class S, class T, int kTokens>
 void bsr_decode_rows(const MatmulCall& call, const float* x, int64_t x_stride, int64_t unit0,

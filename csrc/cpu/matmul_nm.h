@@ -164,8 +164,7 @@ class NmTileKernel {
   const T* values_;
 };
 
-// ---- few tokens
-// -------------------------------------------------------------------------------------
+// ---- few tokens ----
 
 constexpr int kMaxDecodeTokens = 8;
 
@@ -298,8 +297,7 @@ void run_nm(const MatmulCall& call) {
   run_tiles<S, T>(call, NmTileKernel<S, T>(call.weight));
 }
 
-// ---- cost model: microseconds; constants from measurements, see docs/performance
-// ---------------------
+// ---- cost model: microseconds; the constants are fitted to measurements ----
 
 inline std::string any_nm(const Problem&) { return ""; }
 inline std::string few_tokens(const Problem& p) {

@@ -123,9 +123,9 @@ struct TileShape {
   int64_t units;      // rows of W come in units ...
   int64_t unit_rows;  // ... of so many rows
   int64_t columns;    // of the panel, k padded to the pattern
-  int64_t
-      floats_per_column_x2;  // panel floats per column and token, times two (bf16 pairs take half)
-  int64_t block_columns;     // columns of a block, the last one may be shorter
+  // Panel floats for a column and token, times two: a pair of bf16 columns shares one.
+  int64_t floats_per_column_x2;
+  int64_t block_columns;  // columns of a block, the last one may be shorter
 };
 
 // Each block's sum starts from zero and is added to what the blocks before it gave. Many short sums
@@ -164,14 +164,13 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
       float* panel = panel_memory.get(shape.columns * column_floats_x2 / 2 + kAlignment);
       kernel.pack(call, first * L, vectors, panel);
 
-      const int64_t block = shape.block_columns;
       const int64_t acc_bytes = shape.unit_rows * width * 4;
       const int64_t chunk = std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes);
       float* acc = acc_memory.get(std::min(chunk, unit1 - unit0) * shape.unit_rows * width);
       for (int64_t u0 = unit0; u0 < unit1; u0 += chunk) {
         const int64_t u1 = std::min(unit1, u0 + chunk);
-        for (int64_t c0 = 0; c0 < shape.columns; c0 += block) {
-          kernel.compute(u0, u1, c0, std::min(shape.columns, c0 + block),
+        for (int64_t c0 = 0; c0 < shape.columns; c0 += shape.block_columns) {
+          kernel.compute(u0, u1, c0, std::min(shape.columns, c0 + shape.block_columns),
                          panel + c0 * column_floats_x2 / 2, vectors, acc);
         }
         const int64_t row0 = u0 * shape.unit_rows, row1 = std::min(call.n, u1 * shape.unit_rows);

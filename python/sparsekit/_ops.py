@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekit import _native
 
-ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = tuple(_native.ACTIVATIONS)
 
 _library = torch.library.Library("sparsekit", "DEF")
 _library.define(
