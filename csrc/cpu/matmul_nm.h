@@ -133,6 +133,7 @@ class NmTileKernel {
                     segment = groups * h_.pattern.kept * kRows16 * int64_t(sizeof(T));
       for (int row = 0; row < kRows16; row += rows) {
         prefetch(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
+        if (row == 0) prefetch(words + r_.words, 0, groups * h_.pattern.kept * (h_.pattern.group <= 4 ? 4 : 8));
         micro(words, values, row, groups, h_.pattern.kept, h_.pattern.group, x, acc, column0 == 0);
         acc += int64_t(rows) * vectors * S::kLanes;
       }
