@@ -258,7 +258,7 @@ inline std::string few_tokens_panels(const Problem& p) {
 template <class S>
 double bsr_cost_us(const Problem& p) {
   const int rows = bsr_rows_at_once<S>(bsr_panel_rows(p.pattern.block_rows));
-  return tile_cost_us<S>(p, rows >= 4 ? 1.7 : rows == 2 ? 1.4 : 1.0);
+  return tile_cost_us<S>(p, rows >= 4 ? 1.8 : rows == 2 ? 1.5 : 1.1, 0.5);
 }
 
 }  // namespace

@@ -133,7 +133,8 @@ class NmTileKernel {
                     segment = groups * h_.pattern.kept * kRows16 * int64_t(sizeof(T));
       for (int row = 0; row < kRows16; row += rows) {
         prefetch(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
-        if (row == 0) prefetch(words + r_.words, 0, groups * h_.pattern.kept * (h_.pattern.group <= 4 ? 4 : 8));
+        if (row == 0)
+          prefetch(words + r_.words, 0, groups * h_.pattern.kept * (h_.pattern.group <= 4 ? 4 : 8));
         micro(words, values, row, groups, h_.pattern.kept, h_.pattern.group, x, acc, column0 == 0);
         acc += int64_t(rows) * vectors * S::kLanes;
       }
@@ -312,11 +313,14 @@ inline double weight_bytes(const Problem& p) {
 }
 
 // Multiply-adds of whole vectors at 4 GHz and `per_cycle` of them, plus building and emptying the
-// panels. A narrow tile reads the weights at no more than 8 bytes a nanosecond and core.
+// panels. A tile of V vectors takes as long as one of V + `narrow` would at full speed: ends of loops and
+// latencies weigh more the narrower it is. It reads the weights at no more than 8 bytes a nanosecond
+// and core.
 template <class S>
-double tile_cost_us(const Problem& p, double per_cycle) {
+double tile_cost_us(const Problem& p, double per_cycle, double narrow) {
   const double vectors = double(ceil_div(p.m, S::kLanes));
-  const double fma = vectors * double(p.n) * double(p.k) * p.kept_share() / (per_cycle * 4e3);
+  const double fma = vectors * (1 + narrow / std::clamp(vectors, 1.0, 8.0)) * double(p.n) *
+                     double(p.k) * p.kept_share() / (per_cycle * 4e3);
   const double panels = vectors * (double(p.k) + double(p.n)) * 1.5e-3;
   return (std::max(fma, weight_bytes(p) / 8e3) + panels) / p.threads + 3;
 }
@@ -334,7 +338,7 @@ double decode_cost_us(const Problem& p) {
 
 template <class S>
 double nm_cost_us(const Problem& p) {
-  return tile_cost_us<S>(p, p.pattern.vector >= 4 ? 1.7 : 1.3);
+  return p.pattern.vector >= 4 ? tile_cost_us<S>(p, 1.8, 0.2) : tile_cost_us<S>(p, 1.4, 0.5);
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include "cpu/matmul_nm_lanes.h"
 #include "cpu/matmul_nm_pairs.h"
 #include "cpu/simd_avx512.h"
 
@@ -5,7 +6,8 @@ namespace sk {
 
 extern const KernelFunctions matmul_nm_rows16_f32_avx512, matmul_nm_rows16_bf16_avx512,
     matmul_nm_rows16_f32_avx512_pairs, matmul_nm_rows16_f32_avx512_decode,
-    matmul_nm_rows16_bf16_avx512_decode;
+    matmul_nm_rows16_bf16_avx512_decode, matmul_nm_rows16_f32_avx512_lanes,
+    matmul_nm_rows16_bf16_avx512_lanes;
 
 const KernelFunctions matmul_nm_rows16_f32_avx512{any_nm, nm_cost_us<Avx512>, run_nm<Avx512, float>,
                                                   "tokens in lanes"};
@@ -19,5 +21,11 @@ const KernelFunctions matmul_nm_rows16_bf16_avx512_decode{
 const KernelFunctions matmul_nm_rows16_f32_avx512_pairs{only_with_pairs, pairs_cost_us<Avx512>,
                                                         run_nm_pairs<Avx512>,
                                                         "tokens in lanes, two rows share loads"};
+
+const KernelFunctions matmul_nm_rows16_f32_avx512_lanes{
+    only_2_of_4, fma_lanes_cost_us<Avx512>, run_nm_lanes<FmaLanes<Avx512, float>>, "rows in lanes"};
+const KernelFunctions matmul_nm_rows16_bf16_avx512_lanes{only_2_of_4, fma_lanes_cost_us<Avx512>,
+                                                         run_nm_lanes<FmaLanes<Avx512, bf16>>,
+                                                         "rows in lanes, computed in f32"};
 
 }  // namespace sk

@@ -3,7 +3,7 @@
 //
 //   panel   [group][(0,1) (0,2) (1,2) (0,3) (1,3) (2,3)][token]     one 32-bit word each
 #include "cpu/dot_bf16.h"
-#include "cpu/matmul_nm.h"
+#include "cpu/matmul_nm_lanes.h"
 
 namespace sk {
 namespace {
@@ -63,8 +63,9 @@ class NmDotKernel {
         values_(weight.values<bf16>()) {}
 
   TileShape shape() const {
-    return {share() == 4 ? 6 : 8, r_.panels,      kRows16,
-            r_.groups * 4,        kPairs * 2 / 4, kNmBlockColumns};
+    return {
+        share() == 4 ? 6 : 8, r_.panels,      kRows16,
+        r_.groups * 4,        kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
@@ -123,21 +124,57 @@ class NmDotKernel {
 
 void run(const MatmulCall& call) { run_tiles<Avx512, bf16>(call, NmDotKernel(call.weight)); }
 
-std::string only_2_of_4(const Problem& p) {
-  return p.pattern.kept == 2 && p.pattern.group == 4
-             ? ""
-             : "the pairs of a group are laid out for 2:4 only";
-}
+// ---- rows in the lanes (matmul_nm_lanes.h): a byte shuffle fetches a row's two activations ----
+
+struct DotLanes {
+  using Isa = Avx512;
+  using Element = bf16;
+  using Packed = bf16;
+  static constexpr int kBlockGroups = 128;  // the result is rounded to bf16: longer sums will do
+  struct Weights {
+    __m512i values, control;
+    Weights(const uint64_t* words, const bf16* from, int)
+        : values(_mm512_loadu_si512(from)),
+          control(_mm512_permutexvar_epi32(Avx512::row_nibbles(words, 0), shuffle_table())) {}
+  };
+  static void mac(const Weights& w, const bf16* four, __m512& even, __m512&) {
+    int64_t word;
+    std::memcpy(&word, four, 8);
+    const __m512i kept = _mm512_shuffle_epi8(_mm512_set1_epi64(word), w.control);
+    even = _mm512_dpbf16_ps(even, (__m512bh)w.values, (__m512bh)kept);
+  }
+  static bf16 convert(bf16 x) { return x; }
+
+  // Bytes of the group that a nibble position0 | position1 << 2 keeps.
+  static __m512i shuffle_table() {
+    alignas(64) static constexpr auto kTable = [] {
+      std::array<uint32_t, 16> table{};
+      for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+        const uint32_t first = 2 * (nibble & 3), second = 2 * (nibble >> 2);
+        table[nibble] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
+      }
+      return table;
+    }();
+    return _mm512_load_si512(kTable.data());
+  }
+};
 
 // A pair of columns an instruction; laying out six words for four columns costs more than a copy.
 double cost_us(const Problem& p) {
-  return tile_cost_us<Avx512>(p, p.pattern.vector >= 4 ? 3.0 : 2.2);
+  return p.pattern.vector >= 4 ? tile_cost_us<Avx512>(p, 3.3, 0.3)
+                               : tile_cost_us<Avx512>(p, 2.45, 0.8);
 }
+// A shuffle and a dot product for two columns.
+double dot_lanes_cost_us(const Problem& p) { return lanes_cost_us<Avx512>(p, 7.8); }
 
 }  // namespace
 
 extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16;
 const KernelFunctions matmul_nm_rows16_bf16_avx512bf16{only_2_of_4, cost_us, run,
                                                        "tokens in lanes, dot products of pairs"};
+extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes;
+const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes{
+    only_2_of_4, dot_lanes_cost_us, run_nm_lanes<DotLanes>,
+    "rows in lanes, a shuffle for each dot product"};
 
 }  // namespace sk
