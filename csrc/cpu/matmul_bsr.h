@@ -43,11 +43,13 @@ struct Fma {  // in f32, whatever the element type
   }
 };
 
-// acc[r][token] += W[rows of the panel from `row` on][..] x for the given blocks.
+// acc[r][token] += W[rows of the panel from `row` on][..] x for the blocks that start at columns below
+// `column1`; returns where it stopped.
 template <class Op, int kRows, int kVectors>
-void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Element* values,
-               int64_t block_steps, int64_t panel_rows, int row, bool paired, const float* x,
-               int64_t column0, float* acc, bool first) {
+const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32_t column1,
+                          const typename Op::Element* values, int64_t block_steps,
+                          int64_t panel_rows, int row, bool paired, const float* x, int64_t column0,
+                          float* acc) {
   using S = typename Op::Isa;
   using V = typename S::V;
   constexpr int L = S::kLanes, kWidth = kVectors * L;
@@ -57,8 +59,8 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) sum[r][i] = S::zero();
   }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const float* from = x + (int64_t(starts[b]) - column0) / Op::kColumns * kWidth;
+  for (; start != row_end && *start < column1; ++start) {
+    const float* from = x + (int64_t(*start) - column0) / Op::kColumns * kWidth;
     for (int64_t step = 0; step < block_steps; ++step, from += kWidth) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -70,15 +72,19 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
     values += block_steps * Op::kColumns * panel_rows;
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) add_block<S, kVectors>(acc + r * kWidth, sum[r], first);
+  for (int r = 0; r < kRows; ++r) add_block<S, kVectors>(acc + r * kWidth, sum[r], column0 == 0);
+  return start;
 }
 
-// Columns of a block of the tile. Rows of W share every load of x, so its panel may lie in L2 and the
-// block is as long as sums may be: about 64 terms, which is more columns the sparser W is.
+// Columns of a block of the tile. Where rows of W share every load of x, its panel may lie in L2 and
+// the block is as long as sums may be: about 64 terms, which is more columns the sparser W is. Panels
+// of one or two rows load x for nearly every multiply-add: theirs is a little more than L1 holds, as
+// beginning a row anew costs time too.
 inline int64_t bsr_block_columns(const PackedHeader& h) {
   const int64_t cols = h.pattern.block_cols;
   const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
-  const double columns = 64 * double(h.n) * double(h.k) / std::max(kept, 1.0);
+  double columns = 64 * double(h.n) * double(h.k) / std::max(kept, 1.0);
+  if (h.panel_rows < 4) columns = std::min(columns, double(cpu_info().l1d_bytes) / 256);
   return ceil_div(int64_t(std::min(std::max(columns, 128.0), 2048.0)), 2 * cols) * 2 * cols;
 }
 
@@ -120,30 +126,43 @@ class BsrTileKernel {
 
   void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
-    const Micro* micro = table()[size_t(vectors - 1)];
+    Micro* const micro = table()[size_t(vectors - 1)];
     const int64_t block_rows = h_.pattern.block_rows, cols = h_.pattern.block_cols,
                   panel_rows = h_.panel_rows;
     const bool paired = bsr_paired(h_);
-    for (int64_t u = unit0; u < unit1; ++u) {
-      const uint32_t *row_begin = starts_ + crow_[u], *row_end = starts_ + crow_[u + 1];
-      const uint32_t* begin = std::lower_bound(row_begin, row_end, uint32_t(column0));
-      const uint32_t* end = std::lower_bound(begin, row_end, uint32_t(column1));
+    // Where each block row goes on: the blocks of columns come in order, and a search in the
+    // indices costs more than the few blocks it would find.
+    thread_local Scratch memory;
+    int32_t* next = reinterpret_cast<int32_t*>(memory.get(unit1 - unit0));
+    if (column0 == 0) std::copy(crow_ + unit0, crow_ + unit1, next);
+    for (int64_t u = unit0; u < unit1; ++u, ++next) {
+      if (u + kAhead < unit1) {
+        const int64_t first = crow_[u + kAhead], at = next[kAhead];
+        prefetch(starts_ + at, 0, 128);
+        prefetch(values_ + first * block_rows * cols + (at - first) * cols * panel_rows, 0, 128);
+      }
+      const uint32_t *begin = starts_ + *next, *row_end = starts_ + crow_[u + 1], *end = begin;
       const T* values =
-          values_ + crow_[u] * block_rows * cols + (begin - row_begin) * cols * panel_rows;
+          values_ + crow_[u] * block_rows * cols + (*next - crow_[u]) * cols * panel_rows;
       for (int64_t panel = 0; panel < block_rows; panel += panel_rows) {
         for (int row = 0; row < panel_rows; row += rows()) {
-          micro(begin, end - begin, values, cols / Op::kColumns, panel_rows, row, paired, x,
-                column0, acc, column0 == 0);
+          end = micro(begin, row_end, uint32_t(column1), values, cols / Op::kColumns, panel_rows,
+                      row, paired, x, column0, acc);
           acc += int64_t(rows()) * vectors * S::kLanes;
         }
-        values += (row_end - row_begin) * cols * panel_rows;
+        values += (crow_[u + 1] - crow_[u]) * cols * panel_rows;
       }
+      *next = int32_t(end - starts_);
     }
   }
 
  private:
-  using Micro = void(const uint32_t*, int64_t, const T*, int64_t, int64_t, int, bool, const float*,
-                     int64_t, float*, bool);
+  // Block rows from the one at work to the one whose next blocks are fetched: further than the last
+  // cache is away, at a few dozen multiply-adds a row.
+  static constexpr int kAhead = 8;
+
+  using Micro = const uint32_t*(const uint32_t*, const uint32_t*, uint32_t, const T*, int64_t,
+                                int64_t, int, bool, const float*, int64_t, float*);
   using Table = std::array<Micro*, 8>;
 
   int rows() const { return bsr_rows_at_once<S>(h_.panel_rows); }
