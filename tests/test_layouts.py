@@ -191,11 +191,14 @@ def order_section(positions: list[list[int]], chosen: bytes) -> bytes:
     return out
 
 
-def sections_nm_rows16(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, NM)
-    positions = nm_positions(pattern, kept, len(bits[0]))
+def interleaved(
+    pattern: NM,
+    positions: list[list[int]],
+    bits: list[list[int]],
+    kept: list[list[bool]],
+    size: int,
+) -> tuple[bytes, bytes]:
+    """Indices and values of nm_rows16."""
     rows = nm_values(pattern, bits, kept, positions)
     pairs = up(len(rows[0]), 2)
     index_words, values = [], []
@@ -222,10 +225,75 @@ def sections_nm_rows16(
                 values += [value(r, slot) for slot in (even, odd) for r in range(16)]
             else:
                 values += [value(r, slot) for r in range(16) for slot in (even, odd)]
+    return words(8, index_words), words(size, values)
+
+
+def sections_nm_rows16(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, NM)
+    positions = nm_positions(pattern, kept, len(bits[0]))
     order = b""
     if (pattern.n, pattern.m, pattern.vector, size) == (2, 4, 1, 4):
         order = order_section(positions, chosen)
-    return Sections(order, words(8, index_words), words(size, values), 16, order_last=True)
+    return Sections(
+        order, *interleaved(pattern, positions, bits, kept, size), panel_rows=16, order_last=True
+    )
+
+
+# Which rows of a quad a step is for, as bits: the order of the steps in a list.
+THREES, TWOS, ONES = (7, 11, 13, 14), (3, 12, 5, 10, 9, 6), (1, 2, 4, 8)
+
+
+def check_quads(positions: list[list[int]], order: bytes) -> bytes:
+    """The order section of nm_quads: any lists that multiply each kept column of each row once."""
+    slots, at = len(positions[0]), 0
+    for panel in range(up(len(positions), 16)):
+        for slot0 in range(0, slots, 32):
+            count = min(32, slots - slot0)
+            rows_seen: list[int] = []
+            lengths = set()
+            for _ in range(4):
+                rows_word, *steps = struct.unpack_from("<HBBBB2x", order, at)
+                rows = [rows_word >> 4 * i & 15 for i in range(4)]
+                rows_seen += rows
+                lengths.add(tuple(steps))
+                alls, threes, twos, ones = steps
+                kinds = [15] * alls + [*THREES] * threes + [*TWOS] * twos + [*ONES] * ones
+                place, covered = at + 8, set()
+                for kind in kinds:
+                    width, slot_bits = (2, 4) if kind.bit_count() > 2 else (1, 2)
+                    entry = int.from_bytes(order[place : place + width], "little")
+                    place += width
+                    column, taking = entry >> slot_bits, [i for i in range(4) if kind >> i & 1]
+                    for bit, i in enumerate(taking):
+                        row = 16 * panel + rows[i]
+                        slot = column // 4 * 2 + (entry >> bit & 1)
+                        real = positions[row][slot0 + slot] if row < len(positions) else slot % 2
+                        assert column % 4 == real, "the slot holds another column"
+                        assert (i, column) not in covered, "a column comes twice"
+                        covered.add((i, column))
+                    assert entry >> len(taking) & (1 << slot_bits) - 1 >> len(taking) == 0
+                assert len(covered) == 4 * count, "a kept column is missing"
+                assert not any(order[place : at + 136]), "what is unused is zero"
+                at += 136
+            assert sorted(rows_seen) == list(range(16)), "each row is in one quad"
+            assert len(lengths) == 1, "a block's lists have the same lengths"
+    assert len(order) == up(at, 64) * 64
+    return order[:at]
+
+
+def sections_nm_quads(
+    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
+) -> Sections:
+    assert isinstance(pattern, NM)
+    positions = nm_positions(pattern, kept, len(bits[0]))
+    return Sections(
+        check_quads(positions, chosen),
+        *interleaved(pattern, positions, bits, kept, size),
+        panel_rows=16,
+        order_last=True,
+    )
 
 
 def sections_bsr(
@@ -265,6 +333,7 @@ FORMATS: dict[str, tuple[int, str, Packer]] = {
     "bsr": (1, "bsr", sections_bsr),
     "nm_rows16": (2, "nm", sections_nm_rows16),
     "bsr_rows": (3, "bsr", sections_bsr_rows),
+    "nm_quads": (4, "nm", sections_nm_quads),
 }
 
 
@@ -306,11 +375,16 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern, format: str, chosen: by
 # ---- the bytes are the library's -----------------------------------------------------------------
 
 
-def formats_of(pattern: Pattern) -> list[str]:
-    return [name for name, (_, family, _) in FORMATS.items() if family == pattern.family]
+def dtypes_of(format: str, pattern: Pattern) -> list[torch.dtype]:
+    """In which dtypes a format holds a pattern."""
+    if format == "nm_quads":
+        return [torch.float32] if pattern == parse_pattern("2:4") else []
+    return list(DTYPES) if FORMATS[format][1] == pattern.family else []
 
 
-CASES = [(text, name) for text in PATTERNS for name in formats_of(parse_pattern(text))]
+CASES = [
+    (text, name) for text in PATTERNS for name in FORMATS if dtypes_of(name, parse_pattern(text))
+]
 
 
 def make_weight(
@@ -333,7 +407,8 @@ def test_every_format_has_a_packer_here() -> None:
 @pytest.mark.parametrize(("text", "format"), CASES, ids=[f"{t}-{f}" for t, f in CASES])
 def test_bytes(text: str, format: str) -> None:
     pattern = parse_pattern(text)
-    for seed, (dtype, shape) in enumerate((d, s) for d in DTYPES for s in SHAPES):
+    dtypes = dtypes_of(format, pattern)
+    for seed, (dtype, shape) in enumerate((d, s) for d in dtypes for s in SHAPES):
         weight, mask = make_weight(pattern, shape, dtype, seed)
         canonical = _native.compress(weight, mask, pattern)
         packed = bytes(_native.pack(canonical, format).tolist())
@@ -439,6 +514,29 @@ def render_order() -> list[str]:
     return [*lines, "  ...", f"byte {head['bytes']}  end"]
 
 
+def render_quads() -> list[str]:
+    data = example(NM_EXAMPLE, torch.float32, "nm_quads")
+    head = fields_of(data)
+    at = head["order_offset"]
+    lines = []
+    for quad in range(4):
+        rows, alls, threes, twos, ones = struct.unpack_from("<HBBBB", data, at + 136 * quad)
+        numbers = " ".join(f"{rows >> 4 * i & 15:2}" for i in range(4))
+        place = f"byte {at}  order" if quad == 0 else f"    + {136 * quad:3}      "
+        sizes = 2 * alls, 8 * threes, 6 * twos, 4 * ones
+        entries, start = [], at + 136 * quad + 8
+        for size in sizes:
+            entries.append(data[start : start + size].hex(" "))
+            start += size
+        lines.append(f"{place}  rows {numbers}  times {alls} {threes} {twos} {ones}")
+        lines += [
+            f"                   {name:<6} {text}"
+            for name, text in zip(("all", "threes", "twos", "ones"), entries, strict=True)
+            if text and quad == 0
+        ]
+    return [*lines, f"byte {head['bytes']}  end"]
+
+
 def render_nm_rows16(dtype: torch.dtype) -> list[str]:
     data = example(NM_EXAMPLE, dtype, "nm_rows16")
     head = fields_of(data)
@@ -482,6 +580,7 @@ EXAMPLES: dict[str, Callable[[], list[str]]] = {
     "bsr": lambda: render_bsr("bsr", torch.float32),
     "nm_rows16 f32": lambda: render_nm_rows16(torch.float32),
     "nm_rows16 order": render_order,
+    "nm_quads order": render_quads,
     "nm_rows16 bf16": lambda: render_nm_rows16(torch.bfloat16),
     "bsr_rows f32": lambda: render_bsr("bsr_rows", torch.float32),
     "bsr_rows bf16": lambda: render_bsr("bsr_rows", torch.bfloat16),

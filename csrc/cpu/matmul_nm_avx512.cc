@@ -1,11 +1,11 @@
 #include "cpu/matmul_nm_lanes.h"
-#include "cpu/matmul_nm_pairs.h"
+#include "cpu/matmul_nm_quads.h"
 #include "cpu/simd_avx512.h"
 
 namespace sk {
 
 extern const KernelFunctions matmul_nm_rows16_f32_avx512, matmul_nm_rows16_bf16_avx512,
-    matmul_nm_rows16_f32_avx512_pairs, matmul_nm_rows16_f32_avx512_decode,
+    matmul_nm_quads_f32_avx512, matmul_nm_rows16_f32_avx512_decode,
     matmul_nm_rows16_bf16_avx512_decode, matmul_nm_rows16_f32_avx512_lanes,
     matmul_nm_rows16_bf16_avx512_lanes;
 
@@ -18,9 +18,8 @@ const KernelFunctions matmul_nm_rows16_f32_avx512_decode{
 const KernelFunctions matmul_nm_rows16_bf16_avx512_decode{
     few_tokens, decode_cost_us<Avx512>, run_nm_decode<Avx512, bf16>, "few tokens: rows in lanes"};
 
-const KernelFunctions matmul_nm_rows16_f32_avx512_pairs{only_with_pairs, pairs_cost_us<Avx512>,
-                                                        run_nm_pairs<Avx512>,
-                                                        "tokens in lanes, two rows share loads"};
+const KernelFunctions matmul_nm_quads_f32_avx512{
+    any_nm, quads_cost_us<Avx512>, run_nm_quads<Avx512>, "tokens in lanes, four rows share loads"};
 
 const KernelFunctions matmul_nm_rows16_f32_avx512_lanes{
     only_2_of_4, fma_lanes_cost_us<Avx512>, run_nm_lanes<FmaLanes<Avx512, float>>, "rows in lanes"};

@@ -106,7 +106,9 @@ void run_nm_pairs(const MatmulCall& call) {
 }
 
 inline std::string only_with_pairs(const Problem& p) {
-  return has_pairs(p.pattern, p.dtype) ? "" : "pairs of rows are listed for 2:4 without vectors";
+  return p.format == kNmRows16 && has_pairs(p.pattern, p.dtype)
+             ? ""
+             : "pairs of rows are listed in nm_rows16 for 2:4 without vectors";
 }
 
 // Two sums a vector and two loops a pair: narrow tiles suffer more than in the plain kernel.

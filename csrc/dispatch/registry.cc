@@ -20,11 +20,15 @@ Isa isa_of(const char* arch) {
   return Isa::kScalar;
 }
 
+bool reads(const Kernel& kernel, int format_id) {
+  const Format& f = format(format_id);
+  return std::strcmp(f.name, kernel.format) == 0 || std::strcmp(f.extends, kernel.format) == 0;
+}
+
 // Does the kernel's line in the registry fit? Its own refusal comes after. No text: every call asks
 // this.
 bool line_fits(const Kernel& kernel, const Problem& p) {
-  return kernel.available() && p.op == kernel.op &&
-         std::strcmp(format(p.format).name, kernel.format) == 0 &&
+  return kernel.available() && p.op == kernel.op && reads(kernel, p.format) &&
          std::strcmp(dtype_name(p.dtype), kernel.dtype) == 0;
 }
 
@@ -32,7 +36,7 @@ bool line_fits(const Kernel& kernel, const Problem& p) {
 std::string why_not(const Kernel& kernel, const Problem& p) {
   if (!kernel.available()) return kernel.unavailable_reason();
   if (p.op != kernel.op) return concat("does ", kernel.op, ", not ", p.op);
-  if (std::strcmp(format(p.format).name, kernel.format) != 0) {
+  if (!reads(kernel, p.format)) {
     return concat("reads format ", kernel.format, ", the weight is packed as ",
                   format(p.format).name);
   }
@@ -77,7 +81,7 @@ const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> table = [] {
     std::vector<Kernel> list;
 #define SK_ENTRY(id, op, format, dtype, arch, variant) \
-  list.push_back({ #id, op, format, dtype, arch, variant, isa_of(arch), &id });
+  list.push_back({#id, op, format, dtype, arch, variant, isa_of(arch), &id});
 #include "dispatch/kernels.inc"
     return list;
   }();
@@ -117,7 +121,7 @@ int default_format(const sk_pattern& pattern, int dtype, const std::string& targ
   int best = canonical;
   double best_cost = HUGE_VAL;
   for (int id = 0; id < kFormatCount; ++id) {
-    if (format(id).family != pattern.family) continue;
+    if (!format(id).fits(pattern, dtype)) continue;
     problem.format = id;
     const Kernel* kernel = cheapest(problem);
     if (!kernel) continue;

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstring>
 
+#include "layout/nm_quads.h"
+
 namespace sk {
 namespace {
 
@@ -11,6 +13,8 @@ const Format kFormats[kFormatCount] = {
     {"bsr", SK_FAMILY_BSR, layout_bsr, pack_bsr, unpack_bsr},
     {"nm_rows16", SK_FAMILY_NM, layout_nm_rows16, pack_nm_rows16, unpack_nm_rows16},
     {"bsr_rows", SK_FAMILY_BSR, layout_bsr_rows, pack_bsr_rows, unpack_bsr_rows},
+    {"nm_quads", SK_FAMILY_NM, layout_nm_quads, pack_nm_quads, unpack_nm_quads, "nm_rows16",
+     has_quads},
 };
 
 // FNV-1a, a word at a time: any change of one word changes it.
@@ -41,8 +45,9 @@ int find_format(const char* name) {
 PackedHeader make_header(const sk_weight& weight, int format_id) {
   PackedHeader header{};
   header.nnzb = check_weight_sizes(weight);
-  SK_REQUIRE(format(format_id).family == weight.pattern.family, "pack: format ",
-             format(format_id).name, " does not hold the pattern ", pattern_name(weight.pattern));
+  SK_REQUIRE(format(format_id).fits(weight.pattern, weight.dtype), "pack: format ",
+             format(format_id).name, " does not hold the pattern ", pattern_name(weight.pattern),
+             " in ", dtype_name(weight.dtype));
   header.magic = kPackedMagic;
   header.format = format_id;
   header.pattern = weight.pattern;
@@ -79,7 +84,7 @@ PackedWeight open_packed(const void* buffer, int64_t bytes) {
   SK_REQUIRE(header->format >= 0 && header->format < kFormatCount, "packed weight: unknown format ",
              header->format);
   const Format& f = format(header->format);
-  SK_REQUIRE(f.family == header->pattern.family, "packed weight: format ", f.name,
+  SK_REQUIRE(f.fits(header->pattern, header->dtype), "packed weight: format ", f.name,
              " with the wrong pattern");
   PackedHeader expected = *header;
   if (f.family == SK_FAMILY_NM) expected.nnzb = 0;

@@ -54,9 +54,17 @@ struct Format {
   // The buffer is zeroed and its header complete.
   void (*pack)(const sk_weight& weight, const PackedHeader& header, uint8_t* base);
   void (*unpack)(const PackedWeight& packed, sk_weight& out);
+  // The format whose kernels can read this one too, where it only adds a section; else "".
+  const char* extends = "";
+  // Which patterns of the family it holds; null for all.
+  bool (*holds)(const sk_pattern& pattern, int dtype) = nullptr;
+
+  bool fits(const sk_pattern& pattern, int dtype) const {
+    return pattern.family == family && (!holds || holds(pattern, dtype));
+  }
 };
 
-enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kFormatCount };
+enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kNmQuads, kFormatCount };
 
 // One line per format, at the end of format.cc.
 const Format& format(int id);
@@ -79,6 +87,9 @@ void unpack_bsr(const PackedWeight&, sk_weight&);
 void layout_nm_rows16(PackedHeader&);
 void pack_nm_rows16(const sk_weight&, const PackedHeader&, uint8_t*);
 void unpack_nm_rows16(const PackedWeight&, sk_weight&);
+void layout_nm_quads(PackedHeader&);
+void pack_nm_quads(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_nm_quads(const PackedWeight&, sk_weight&);
 void layout_bsr_rows(PackedHeader&);
 void pack_bsr_rows(const sk_weight&, const PackedHeader&, uint8_t*);
 void unpack_bsr_rows(const PackedWeight&, sk_weight&);

@@ -56,21 +56,9 @@ class Matching {
 };
 
 // One block of one panel; `words` are its position words.
-void pack_pair_block(const uint64_t* words, int64_t groups, int real_rows, uint8_t* out) {
-  uint64_t columns[kRows16] = {};
-  uint8_t slot_of[kRows16][kPairColumns] = {};
-  for (int row = 0; row < kRows16; ++row) {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int slot = 0; slot < 2; ++slot) {
-        // Rows past n hold zeros, so any two positions do, if they differ.
-        const int position =
-            row < real_rows ? int(words[g] >> (nibble_shift(row) + 2 * slot)) & 3 : slot;
-        const int64_t column = 4 * g + position;
-        columns[row] |= uint64_t{1} << column;
-        slot_of[row][column] = uint8_t(slot);
-      }
-    }
-  }
+void pack_pair_block(const uint64_t* words, int64_t groups, int64_t real_rows, uint8_t* out) {
+  const BlockColumns block(words, groups, real_rows);
+  const auto& [columns, slot_of] = block;
   int partner[kRows16];
   const int common = Matching(columns).best(int(2 * groups), partner);
   out[0] = uint8_t(common);
@@ -98,6 +86,20 @@ void pack_pair_block(const uint64_t* words, int64_t groups, int real_rows, uint8
 
 }  // namespace
 
+BlockColumns::BlockColumns(const uint64_t* words, int64_t groups, int64_t real_rows) {
+  for (int row = 0; row < kRows16; ++row) {
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int slot = 0; slot < 2; ++slot) {
+        const int position =
+            row < real_rows ? int(words[g] >> (nibble_shift(row) + 2 * slot)) & 3 : slot;
+        const int64_t column = 4 * g + position;
+        columns[row] |= uint64_t{1} << column;
+        slot_of[row][column] = uint8_t(slot);
+      }
+    }
+  }
+}
+
 void layout_nm_rows16(PackedHeader& h) {
   const NmRows16 r = nm_rows16(h);
   SectionCursor cursor;
@@ -109,7 +111,7 @@ void layout_nm_rows16(PackedHeader& h) {
   h.bytes = cursor.end();
 }
 
-void pack_nm_rows16(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
+void pack_nm_values(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
   const NmRows16 r = nm_rows16(h);
   const Geometry g = geometry(w.pattern, w.dtype, w.n, w.k);
   uint64_t* words = reinterpret_cast<uint64_t*>(base + h.indices_offset);
@@ -131,13 +133,18 @@ void pack_nm_rows16(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
       }
     }
   });
+}
+
+void pack_nm_rows16(const sk_weight& w, const PackedHeader& h, uint8_t* base) {
+  pack_nm_values(w, h, base);
   if (!has_pairs(w.pattern, w.dtype)) return;
+  const NmRows16 r = nm_rows16(h);
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(base + h.indices_offset);
   const int64_t blocks = ceil_div(w.k, kPairColumns), groups = kPairColumns / 4;
   for (int64_t panel = 0; panel < r.panels; ++panel) {
     for (int64_t block = 0; block < blocks; ++block) {
       pack_pair_block(words + panel * r.words + block * groups,
-                      std::min(groups, r.groups - block * groups),
-                      int(std::min<int64_t>(kRows16, w.n - panel * kRows16)),
+                      std::min(groups, r.groups - block * groups), w.n - panel * kRows16,
                       base + h.order_offset + (panel * blocks + block) * kPairBlockBytes);
     }
   }

@@ -55,6 +55,17 @@ inline bool has_pairs(const sk_pattern& p, int dtype) {
          dtype == SK_F32;
 }
 
+// Indices and values, without `order`.
+void pack_nm_values(const sk_weight& weight, const PackedHeader& header, uint8_t* base);
+
+// A block of at most 64 columns of a 2:4 panel: which of them each row keeps, and in which slot of its
+// group. Rows past n hold zeros, so any two positions do, if they differ.
+struct BlockColumns {
+  BlockColumns(const uint64_t* words, int64_t groups, int64_t real_rows);
+  uint64_t columns[kRows16] = {};
+  uint8_t slot_of[kRows16][kPairColumns] = {};
+};
+
 // Bit at which the nibble of a row starts in its word.
 inline int nibble_shift(int row) { return 4 * (row >> 1) + 32 * (row & 1); }
 

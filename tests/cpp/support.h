@@ -440,20 +440,26 @@ inline std::vector<sk_kernel_info> available_kernels() {
   return all;
 }
 
-// Does the kernel take the weight's problem with m rows?
-inline bool accepts(const sk_kernel_info& kernel, const Weight& w, int64_t m, int threads = 1) {
+// Does the kernel take the weight's problem with m rows, packed as its own format or another?
+inline bool accepts(const sk_kernel_info& kernel, const Weight& w, int64_t m, int threads = 1,
+                    const char* format = nullptr) {
   std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
-  CHECK_OK(sk_explain(kernel.op, kernel.format, &w.pattern, w.dtype, m, w.n, w.k, threads,
-                      answers.data()));
+  CHECK_OK(sk_explain(kernel.op, format ? format : kernel.format, &w.pattern, w.dtype, m, w.n, w.k,
+                      threads, answers.data()));
   for (const sk_candidate& c : answers) {
     if (!std::strcmp(c.name, kernel.name)) return c.ok;
   }
   return false;
 }
 
+inline bool holds(const char* format, const sk_pattern& p, int32_t dtype) {
+  if (!std::strcmp(format, "nm_quads"))
+    return p.kept == 2 && p.group == 4 && p.vector == 1 && dtype == SK_F32;
+  return !std::strncmp(format, "nm", 2) == (p.family == SK_FAMILY_NM);
+}
+
 inline bool reads(const sk_kernel_info& kernel, const Weight& w) {
-  const bool is_nm = !std::strncmp(kernel.format, "nm", 2);
-  return is_nm == (w.pattern.family == SK_FAMILY_NM) &&
+  return holds(kernel.format, w.pattern, w.dtype) &&
          !std::strcmp(kernel.dtype, dtype_name(w.dtype));
 }
 

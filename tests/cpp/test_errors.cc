@@ -263,10 +263,17 @@ void test_pack() {
   const Canonical c = compress(w.dense, w.mask, w.pattern, w.dtype);
   int64_t bytes = -1;
   CHECK_FAILS(sk_packed_bytes(&c.weight, "nm_rows32", &bytes), kInvalid,
-              "format: expected one of nm, bsr, nm_rows16, bsr_rows, got 'nm_rows32'");
+              "format: expected one of nm, bsr, nm_rows16, bsr_rows, nm_quads, got "
+              "'nm_rows32'");
   CHECK_FAILS(sk_packed_bytes(&c.weight, nullptr, &bytes), kInvalid, "got ''");
   CHECK_FAILS(sk_packed_bytes(&c.weight, "bsr_rows", &bytes), kInvalid,
               "pack: format bsr_rows does not hold the pattern 2:4");
+  for (const sk_pattern& other : {nm(1, 4), nm(2, 4, 4)}) {
+    const Weight w(other, SK_F32, 5, 8, Fill::kIntegers, random);
+    const Canonical canonical = compress(w.dense, w.mask, other, SK_F32);
+    CHECK_FAILS(sk_packed_bytes(&canonical.weight, "nm_quads", &bytes), kInvalid,
+                "pack: format nm_quads does not hold the pattern " + name(other).substr(0, 3));
+  }
   CHECK_FAILS(sk_packed_bytes(nullptr, "nm", &bytes), kInvalid, "weight is NULL");
   CHECK(bytes == -1);
   CHECK_FAILS(sk_packed_bytes(&c.weight, "nm", nullptr), kInvalid, "bytes is NULL");
@@ -360,7 +367,7 @@ void test_packed() {
       bad.data()[at] ^= 1 << at % 8;
       refuse_packed(w, bad.data(), bad.bytes(), "packed weight: the header is damaged");
     }
-    for (int32_t unknown : {-1, 4, INT32_MAX}) {
+    for (int32_t unknown : {-1, 5, INT32_MAX}) {
       bad = copy(good);
       poke(bad, kFormat, unknown);
       seal(bad);
