@@ -25,9 +25,7 @@ void pair_micro(const uint8_t* list, int shared, int alone, const float* values,
   const auto weight = [values](uint64_t entry, int bit, int row) {
     return S::set1(values[((entry >> 4) * 2 + (entry >> bit & 1)) * kRows16 + uint64_t(row)]);
   };
-  ++list;
-  for (int s = 0; s < shared; ++s) {
-    const uint64_t entry = *list++;
+  const auto both = [&](uint64_t entry) {
     const float* from = x + (entry >> 2) * kWidth;
     const V w_a = weight(entry, 1, a), w_b = weight(entry, 0, b);
 #pragma GCC unroll 16
@@ -36,15 +34,24 @@ void pair_micro(const uint8_t* list, int shared, int alone, const float* values,
       sum_a[i] = S::fma(w_a, v, sum_a[i]);
       sum_b[i] = S::fma(w_b, v, sum_b[i]);
     }
+  };
+  const auto one = [&](uint64_t entry, int row, V(&sum)[kVectors]) {
+    const float* from = x + (entry >> 2) * kWidth;
+    const V w = weight(entry, 1, row);
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sum[i] = S::fma(w, S::load(from + i * L), sum[i]);
+  };
+  // Both counts are even. Two steps a turn: the ends of shorter loops are predicted.
+  ++list;
+  for (int s = 0; s < shared; s += 2, list += 2) {
+    both(list[0]);
+    both(list[1]);
   }
-  for (int s = 0; s < alone; ++s, list += 2) {
-    const uint64_t entry_a = list[0], entry_b = list[1];
-    const float *from_a = x + (entry_a >> 2) * kWidth, *from_b = x + (entry_b >> 2) * kWidth;
-    const V w_a = weight(entry_a, 1, a), w_b = weight(entry_b, 1, b);
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) sum_a[i] = S::fma(w_a, S::load(from_a + i * L), sum_a[i]);
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) sum_b[i] = S::fma(w_b, S::load(from_b + i * L), sum_b[i]);
+  for (int s = 0; s < alone; s += 2, list += 4) {
+    one(list[0], a, sum_a);
+    one(list[1], b, sum_b);
+    one(list[2], a, sum_a);
+    one(list[3], b, sum_b);
   }
   add_block<S, kVectors>(acc + a * kWidth, sum_a, first);
   add_block<S, kVectors>(acc + b * kWidth, sum_b, first);

@@ -134,7 +134,7 @@ void run_nm_quads(const MatmulCall& call) {
 
 template <class S>
 double quads_cost_us(const Problem& p) {
-  return tile_cost_us<S>(p, 1.8, 0.6);
+  return tile_cost_us<S>(p, 1.9, 1.0);
 }
 
 }  // namespace

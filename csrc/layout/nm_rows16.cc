@@ -23,9 +23,9 @@ class Matching {
     }
   }
 
-  // partner[row], for the largest `least` that is found; returns it.
+  // partner[row], for the largest even `least` that is found; returns it.
   int best(int columns_per_row, int* partner) {
-    for (int least = columns_per_row; least > 0; --least) {
+    for (int least = columns_per_row & ~1; least > 0; least -= 2) {
       std::fill_n(partner_, kRows16, -1);
       steps_ = 0;
       if (!match(0, least)) continue;

@@ -16,7 +16,7 @@
 // alone.
 //
 //   order    [panels][blocks of 64 columns][528 bytes]
-//              byte 0        S, columns in common of each pair
+//              byte 0        S, columns in common of each pair, even
 //              byte 8 + 65q  pair q = 0 to 7: rows a | b << 4, then S entries in common, then for
 //                            the other columns an entry of a and an entry of b in turn
 //            entry: column << 2 | slot of a << 1 | slot of b
