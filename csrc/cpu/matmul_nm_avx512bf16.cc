@@ -1,26 +1,11 @@
-// 2:4 in bf16 with `vdpbf16ps`. A group of four activations has six pairs; all six are laid out
-// once per tile, so that one indexed load fetches exactly the two activations a row kept:
-//
-//   panel   [group][(0,1) (0,2) (1,2) (0,3) (1,3) (2,3)][token]     one 32-bit word each
+// 2:4 in bf16 with `vdpbf16ps`: the dot product of the two weights a row kept and their activations,
+// which group_pairs.h lays side by side.
 #include "cpu/dot_bf16.h"
+#include "cpu/group_pairs.h"
 #include "cpu/matmul_nm.h"
 
 namespace sk {
 namespace {
-
-constexpr int kPairs = 6;
-
-// Which of the six for a nibble position0 | position1 << 2: position0 + position1 (position1 - 1) /
-// 2, as a table of nibbles.
-constexpr uint64_t pair_table() {
-  uint64_t table = 0;
-  for (int second = 1; second < 4; ++second) {
-    for (int first = 0; first < second; ++first) {
-      table |= uint64_t(first + second * (second - 1) / 2) << (4 * (first | second << 2));
-    }
-  }
-  return table;
-}
 
 template <int kRows, int kShare, int kVectors>
 void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x,
@@ -122,12 +107,6 @@ class NmDotKernel {
 };
 
 void run(const MatmulCall& call) { run_tiles<Avx512, bf16>(call, NmDotKernel(call.weight)); }
-
-std::string only_2_of_4(const Problem& p) {
-  return p.pattern.kept == 2 && p.pattern.group == 4
-             ? ""
-             : "the pairs of a group are laid out for 2:4 only";
-}
 
 // A pair of columns an instruction; laying out six words for four columns costs more than a copy.
 double cost_us(const Problem& p) {

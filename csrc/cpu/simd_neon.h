@@ -27,6 +27,15 @@ struct Neon {
     return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
   }
 
+  // kRows rows, but no more than 4, of a pair of 16-bit numbers each.
+  template <int kRows>
+  static I load_pairs(const void* p) {
+    if constexpr (kRows >= 4) return load_words(p);
+    uint64_t words = 0;
+    std::memcpy(&words, p, size_t(kRows) * 4);
+    return vcombine_u32(vcreate_u32(words), vdup_n_u32(0));
+  }
+
   static V load(const bf16* p) { return as_float(vshlq_n_u32(vmovl_u16(load_halves(p)), 16)); }
   static V load(const f16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(p))); }
 
@@ -167,18 +176,9 @@ struct Weights<Neon> {
   template <int kRows, class T>
   static One row_of_pairs(const T* pairs, int r, bool second) {
     // A shift, since a choice of two conversions becomes a branch where `second` is not constant.
-    const Neon::I words = load_pairs<kRows>(&pairs[r / 4 * 8].bits) >> (second ? 16 : 0);
+    const Neon::I words = Neon::load_pairs<kRows>(pairs + r / 4 * 8) >> (second ? 16 : 0);
     if constexpr (std::is_same_v<T, bf16>) return {Neon::low_bf16(words), r % 4};
     return {Neon::low_f16(words), r % 4};
-  }
-
- private:
-  template <int kRows>
-  static Neon::I load_pairs(const uint16_t* pairs) {
-    if constexpr (kRows >= 4) return Neon::load_words(pairs);
-    uint64_t words = 0;
-    std::memcpy(&words, pairs, kRows * 4);
-    return vcombine_u32(vcreate_u32(words), vdup_n_u32(0));
   }
 };
 
