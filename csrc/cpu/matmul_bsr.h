@@ -41,6 +41,14 @@ struct Fma {  // in f32, whatever the element type
   }
 };
 
+// Hides where a pointer comes from: what was loaded through it for one column is loaded again for the
+// next, rather than kept in registers that the sums need.
+template <class T>
+const T* reload(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // acc[r][token] += W[rows of the panel from `row` on][..] x for the given blocks.
 template <class Op, int kRows, int kVectors>
 void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Element* values,
@@ -62,6 +70,7 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
     for (int64_t step = 0; step < block_steps; ++step) {
 #pragma GCC unroll 2
       for (int column = 0; column < Op::kVectorsOfX; ++column, from += kWidth) {
+        if (column == 1) values = reload(values);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const auto w = Op::template weight<kRows>(values, step, panel_rows, r, column);
