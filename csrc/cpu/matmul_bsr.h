@@ -70,7 +70,7 @@ void bsr_micro(const uint32_t* starts, int64_t blocks, const typename Op::Elemen
     for (int64_t step = 0; step < block_steps; ++step) {
 #pragma GCC unroll 2
       for (int column = 0; column < Op::kVectorsOfX; ++column, from += kWidth) {
-        if (column == 1) values = reload(values);
+        values = reload(values);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const auto w = Op::template weight<kRows>(values, step, panel_rows, r, column);
