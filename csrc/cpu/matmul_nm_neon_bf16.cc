@@ -115,7 +115,9 @@ class NmDotKernel {
 
 void run(const MatmulCall& call) { run_tiles<Neon, bf16>(call, NmDotKernel(call.weight)); }
 
-double cost_us(const Problem& p) { return neon_tile_cost_us(p, kNmAlone); }
+double cost_us(const Problem& p) {
+  return neon_tile_cost_us(p, {2, p.pattern.vector >= 4 ? 0.25 : 1.0, 0, 6, kMaxVectors});
+}
 
 }  // namespace
 
