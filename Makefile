@@ -85,8 +85,8 @@ test-aarch64: $(VENV)/.tools
 	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$program >/dev/null || \
 	  { echo "test-aarch64: $$program is missing; on Debian or Ubuntu: apt-get install --no-install-recommends $(AARCH64_PACKAGES)"; exit 1; }; done
 	$(call CONFIGURE,aarch64) --toolchain cmake/aarch64-linux-gnu.cmake
-	$(call CTEST,aarch64)
-	SPARSEKIT_ISA=neon ctest --test-dir build/aarch64 --output-on-failure -R 'test_(example|matmul|registry|threads)'
+	$(call CTEST,aarch64) --parallel 2
+	SPARSEKIT_ISA=neon ctest --test-dir build/aarch64 --output-on-failure --parallel 2 -R 'test_(example|matmul|registry|threads)'
 
 sanitize: $(VENV)/.tools
 	$(call CONFIGURE,asan) -DCMAKE_BUILD_TYPE=RelWithDebInfo '-DSPARSEKIT_SANITIZE=address;undefined'
