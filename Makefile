@@ -5,6 +5,7 @@
 #   make test        all tests: pytest (TEST_ARGS=...) and the C++ programs
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make goals       the speed goals, each against the fastest dense path
+#   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
 #   make sanitize    C++ tests under ASan+UBSan and under TSan
 #   make docs        HTML documentation in docs/_build/html, warnings as errors
@@ -15,7 +16,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp bench goals lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp test-aarch64 bench goals lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -76,6 +77,16 @@ CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARS
 test-cpp: $(VENV)/.tools
 	$(call CONFIGURE,cpp)
 	$(call CTEST,cpp)
+
+# Once with every feature that the emulator has and once as a CPU without bf16. The first run compares
+# every kernel with its reference, those for NEON too; the second one looks at the choice among them.
+AARCH64_PACKAGES = g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+test-aarch64: $(VENV)/.tools
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$program >/dev/null || \
+	  { echo "test-aarch64: $$program is missing; on Debian or Ubuntu: apt-get install --no-install-recommends $(AARCH64_PACKAGES)"; exit 1; }; done
+	$(call CONFIGURE,aarch64) --toolchain cmake/aarch64-linux-gnu.cmake
+	$(call CTEST,aarch64) --parallel 2
+	SPARSEKIT_ISA=neon ctest --test-dir build/aarch64 --output-on-failure --parallel 2 -R 'test_(errors|example|registry|threads)'
 
 sanitize: $(VENV)/.tools
 	$(call CONFIGURE,asan) -DCMAKE_BUILD_TYPE=RelWithDebInfo '-DSPARSEKIT_SANITIZE=address;undefined'

@@ -1,4 +1,4 @@
-# Fails when an object compiled for AVX2 or AVX-512 offers the linker a weak symbol: an inline function
+# Fails when an object compiled for one instruction set offers the linker a weak symbol: an inline function
 # or a template of a header. The linker keeps one copy of such a function for the whole program, and if it
 # took this one, code that runs on every machine would contain instructions that some do not have.
 #
@@ -6,7 +6,7 @@
 
 set(bad "")
 foreach(object IN LISTS OBJECTS)
-  if(NOT object MATCHES "_(avx2|avx512|avx512bf16)\\.cc\\.o(bj)?$")
+  if(NOT object MATCHES "_(avx2|avx512|avx512bf16|neon|neon_bf16)\\.cc\\.o(bj)?$")
     continue()
   endif()
   execute_process(COMMAND ${NM} -C --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)

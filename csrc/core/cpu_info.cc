@@ -7,15 +7,25 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <thread>
 
 #include "core/error.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace sk {
 namespace {
+
+#if defined(__aarch64__)
+constexpr const char* kIsaNames[] = {"scalar", "neon", "neon_bf16"};
+#else
+constexpr const char* kIsaNames[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+#endif
 
 #if defined(__x86_64__)
 struct Registers {
@@ -70,6 +80,77 @@ void detect_isa(CpuInfo& info) {
   info.model = brand;
   while (!info.model.empty() && info.model.back() == ' ') info.model.pop_back();
 }
+#elif defined(__aarch64__)
+#if defined(__linux__)
+// The first value of `key` in a file of "key : value" lines.
+std::string find_line(const char* path, const char* key) {
+  std::string found;
+  if (std::FILE* file = std::fopen(path, "r")) {
+    char line[256];
+    while (found.empty() && std::fgets(line, sizeof line, file)) {
+      const char* colon = std::strchr(line, ':');
+      if (!colon || std::strncmp(line, key, std::strlen(key)) != 0) continue;
+      found = colon + 1;
+    }
+    std::fclose(file);
+  }
+  const size_t begin = found.find_first_not_of(" \t");
+  if (begin == std::string::npos) return "";
+  return found.substr(begin, found.find_last_not_of(" \t\n") + 1 - begin);
+}
+
+// Arm's part numbers of the cores this is meant for; kernels before 6.x and containers give no name.
+std::string arm_core(const std::string& implementer, const std::string& part) {
+  struct Core {
+    const char *part, *name;
+  };
+  if (implementer == "0x41") {
+    for (const Core& core : {Core{"0xd42", "Arm Cortex-A78AE"},
+                             {"0xd0b", "Arm Cortex-A76"},
+                             {"0xd0c", "Arm Neoverse-N1"},
+                             {"0xd40", "Arm Neoverse-V1"},
+                             {"0xd49", "Arm Neoverse-N2"},
+                             {"0xd4f", "Arm Neoverse-V2"},
+                             {"0xd83", "Arm Neoverse-V3AE"},
+                             {"0xd84", "Arm Neoverse-V3"}}) {
+      if (part == core.part) return core.name;
+    }
+  }
+  return part.empty() ? "unknown" : "implementer " + implementer + " part " + part;
+}
+
+void detect_isa(CpuInfo& info) {
+  const unsigned long one = getauxval(AT_HWCAP), two = getauxval(AT_HWCAP2);
+  struct Feature {
+    const char* name;
+    bool present;
+  };
+  const bool bf16 = two & HWCAP2_BF16;
+  for (const Feature& f : {Feature{"asimd", (one & HWCAP_ASIMD) != 0},
+                           {"fphp", (one & HWCAP_FPHP) != 0},
+                           {"asimdhp", (one & HWCAP_ASIMDHP) != 0},
+                           {"asimddp", (one & HWCAP_ASIMDDP) != 0},
+                           {"asimdfhm", (one & HWCAP_ASIMDFHM) != 0},
+                           {"sve", (one & HWCAP_SVE) != 0},
+                           {"sve2", (two & HWCAP2_SVE2) != 0},
+                           {"i8mm", (two & HWCAP2_I8MM) != 0},
+                           {"bf16", bf16}}) {
+    if (f.present) info.features += std::string(info.features.empty() ? "" : " ") + f.name;
+  }
+  // ASIMD is part of the architecture; BF16 comes after ARMv8.2, whose additions it therefore has.
+  info.detected = bf16 ? Isa::kNeonBf16 : Isa::kNeon;
+  info.model = find_line("/proc/cpuinfo", "model name");
+  if (info.model.empty())
+    info.model = arm_core(find_line("/proc/cpuinfo", "CPU implementer"),
+                          find_line("/proc/cpuinfo", "CPU part"));
+}
+#else
+void detect_isa(CpuInfo& info) {
+  info.model = "unknown";
+  info.features = "asimd";
+  info.detected = Isa::kNeon;
+}
+#endif
 #else
 void detect_isa(CpuInfo& info) { info.model = "unknown"; }
 #endif
@@ -97,6 +178,15 @@ CpuInfo detect() {
   return info;
 }
 
+std::string isa_names() {
+  std::string names;
+  for (const char* name : kIsaNames) {
+    if (!names.empty()) names += name == *std::rbegin(kIsaNames) ? " or " : ", ";
+    names += name;
+  }
+  return names;
+}
+
 struct State {
   CpuInfo info = detect();
   std::string kernel;
@@ -107,14 +197,9 @@ struct State {
     info.isa = info.detected;
     const char* cap = std::getenv("SPARSEKIT_ISA");
     if (cap && *cap) {
-      Isa wanted = info.detected;
-      bool known = false;
-      for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
-        if (std::strcmp(cap, isa_name(isa)) == 0) wanted = isa, known = true;
-      }
-      SK_REQUIRE(known, "SPARSEKIT_ISA: expected scalar, avx2, avx512 or avx512bf16, got '", cap,
-                 "'");
-      if (wanted < info.isa) info.isa = wanted;
+      const std::optional<Isa> wanted = find_isa(cap);
+      SK_REQUIRE(wanted, "SPARSEKIT_ISA: expected ", isa_names(), ", got '", cap, "'");
+      info.isa = std::min(*wanted, info.detected);
     }
     const char* name = std::getenv("SPARSEKIT_KERNEL");
     kernel = name ? name : "";
@@ -128,17 +213,12 @@ State& state() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx512Bf16:
-      return "avx512bf16";
-    default:
-      return "scalar";
+const char* isa_name(Isa isa) { return kIsaNames[size_t(isa)]; }
+std::optional<Isa> find_isa(const char* name) {
+  for (size_t i = 0; i < std::size(kIsaNames); ++i) {
+    if (std::strcmp(name, kIsaNames[i]) == 0) return Isa(i);
   }
+  return std::nullopt;
 }
 
 const CpuInfo& cpu_info() { return state().info; }

@@ -1,14 +1,22 @@
 // What this CPU can do, read at run time; SPARSEKIT_ISA caps it.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace sk {
 
-// Levels in the order of what they add; a level includes those before it.
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// Levels in the order of what they add; a level includes those before it. Each architecture has a
+// chain of its own, so that any two levels of a build can be compared.
+#if defined(__aarch64__)
+enum class Isa { kScalar, kNeon, kNeonBf16 };
+#else
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+#endif
 
 const char* isa_name(Isa isa);
+// Nothing when no level of this architecture has the name.
+std::optional<Isa> find_isa(const char* name);
 
 struct CpuInfo {
   std::string model;

@@ -38,6 +38,13 @@ inline float bits_float(uint32_t bits) {
 
 inline float to_float(float value) { return value; }
 inline float to_float(bf16 value) { return bits_float(uint32_t(value.bits) << 16); }
+#if defined(__aarch64__)  // converts f16 itself
+inline float to_float(f16 value) {
+  __fp16 half;
+  std::memcpy(&half, &value, 2);
+  return half;
+}
+#else
 inline float to_float(f16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   const uint32_t exponent = (value.bits >> 10) & 31, mantissa = value.bits & 1023;
@@ -46,6 +53,7 @@ inline float to_float(f16 value) {
                                    : std::ldexp(float(mantissa), -24);
   return sign ? -magnitude : magnitude;
 }
+#endif
 
 template <class T>
 T from_float(float value);

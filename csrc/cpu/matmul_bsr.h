@@ -15,26 +15,24 @@
 namespace sk {
 namespace {
 
-// How one step of a block multiplies. A step is one column, or a pair of them where the CPU's dot
-// product takes two. `values` is the panel's block, [step][panel_rows].
-template <class S, class T>
+// How one step of a block multiplies. A step is one column, or a pair of them where they are stored
+// as one word; it meets kVectorsOfX vectors of the panel for each vector of tokens: one, or two where
+// each column of a pair has its own. `values` is the panel's block, [step][panel_rows], from the
+// first of the kRows rows on that are summed at a time; `row` is one of these.
+template <class S, class T, bool kPaired>
 struct Fma {  // in f32, whatever the element type
   using Isa = S;
   using Element = T;
-  static constexpr int kColumns = 1;
-  static constexpr int kFloatsX2 = 2;
-  static typename S::V weight(const float* values, int64_t step, int64_t panel_rows, int row,
-                              bool) {
-    return S::set1(values[step * panel_rows + row]);
+  using Weight = typename Weights<S>::One;
+  static constexpr int kColumns = kPaired ? 2 : 1;
+  static constexpr int kVectorsOfX = kColumns;
+  template <int kRows>
+  static Weight weight(const T* values, int64_t step, int64_t panel_rows, int row, int column) {
+    const T* at = values + step * panel_rows * kColumns;
+    if constexpr (kPaired) return Weights<S>::template row_of_pairs<kRows>(at, row, column == 1);
+    return Weights<S>::template row<kRows>(at, row);
   }
-  static typename S::V weight(const bf16* values, int64_t step, int64_t panel_rows, int row,
-                              bool paired) {
-    if (!paired) return S::set1(to_float(values[step * panel_rows + row]));
-    int32_t pair;
-    std::memcpy(&pair, values + ((step >> 1) * panel_rows + row) * 2, 4);
-    return step & 1 ? S::high_bf16(S::set1(pair)) : S::low_bf16(S::set1(pair));
-  }
-  static typename S::V mac(typename S::V w, const float* x, typename S::V sum) {
+  static typename S::V mac(Weight w, const float* x, typename S::V sum) {
     return S::fma(w, S::load(x), sum);
   }
   static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
@@ -43,12 +41,20 @@ struct Fma {  // in f32, whatever the element type
   }
 };
 
+// Hides where a pointer comes from: what was loaded through it for one column is loaded again for the
+// next, rather than kept in registers that the sums need.
+template <class T>
+const T* reload(const T* p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 // acc[r][token] += W[rows of the panel from `row` on][..] x for the blocks that start at columns below
 // `column1`; returns where it stopped.
 template <class Op, int kRows, int kVectors>
 const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32_t column1,
                           const typename Op::Element* values, int64_t block_steps,
-                          int64_t panel_rows, int row, bool paired, const float* x, int64_t column0,
+                          int64_t panel_rows, int row, const float* x, int64_t column0,
                           float* acc) {
   using S = typename Op::Isa;
   using V = typename S::V;
@@ -59,14 +65,19 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 #pragma GCC unroll 16
     for (int i = 0; i < kVectors; ++i) sum[r][i] = S::zero();
   }
+  values += row * Op::kColumns;
   for (; start != row_end && *start < column1; ++start) {
-    const float* from = x + (int64_t(*start) - column0) / Op::kColumns * kWidth;
-    for (int64_t step = 0; step < block_steps; ++step, from += kWidth) {
+    const float* from = x + (int64_t(*start) - column0) / Op::kColumns * Op::kVectorsOfX * kWidth;
+    for (int64_t step = 0; step < block_steps; ++step) {
+#pragma GCC unroll 2
+      for (int column = 0; column < Op::kVectorsOfX; ++column, from += kWidth) {
+        values = reload(values);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const auto w = Op::weight(values, step, panel_rows, row + r, paired);
+        for (int r = 0; r < kRows; ++r) {
+          const auto w = Op::template weight<kRows>(values, step, panel_rows, r, column);
 #pragma GCC unroll 16
-        for (int i = 0; i < kVectors; ++i) sum[r][i] = Op::mac(w, from + i * L, sum[r][i]);
+          for (int i = 0; i < kVectors; ++i) sum[r][i] = Op::mac(w, from + i * L, sum[r][i]);
+        }
       }
     }
     values += block_steps * Op::kColumns * panel_rows;
@@ -116,7 +127,7 @@ class BsrTileKernel {
             ceil_div(h_.n, h_.pattern.block_rows),
             h_.pattern.block_rows,
             round_up(round_up(h_.k, cols), 2),
-            Op::kFloatsX2,
+            2 * Op::kVectorsOfX / Op::kColumns,
             bsr_block_columns(h_)};
   }
 
@@ -129,7 +140,6 @@ class BsrTileKernel {
     Micro* const micro = table()[size_t(vectors - 1)];
     const int64_t block_rows = h_.pattern.block_rows, cols = h_.pattern.block_cols,
                   panel_rows = h_.panel_rows;
-    const bool paired = bsr_paired(h_);
     // Where each block row goes on: the blocks of columns come in order, and a search in the
     // indices costs more than the few blocks it would find.
     thread_local Scratch memory;
@@ -147,7 +157,7 @@ class BsrTileKernel {
       for (int64_t panel = 0; panel < block_rows; panel += panel_rows) {
         for (int row = 0; row < panel_rows; row += rows()) {
           end = micro(begin, row_end, uint32_t(column1), values, cols / Op::kColumns, panel_rows,
-                      row, paired, x, column0, acc);
+                      row, x, column0, acc);
           acc += int64_t(rows()) * vectors * S::kLanes;
         }
         values += (crow_[u + 1] - crow_[u]) * cols * panel_rows;
@@ -162,7 +172,7 @@ class BsrTileKernel {
   static constexpr int kAhead = 8;
 
   using Micro = const uint32_t*(const uint32_t*, const uint32_t*, uint32_t, const T*, int64_t,
-                                int64_t, int, bool, const float*, int64_t, float*);
+                                int64_t, int, const float*, int64_t, float*);
   using Table = std::array<Micro*, 8>;
 
   int rows() const { return bsr_rows_at_once<S>(h_.panel_rows); }
@@ -197,6 +207,14 @@ class BsrTileKernel {
 template <class Op>
 void run_bsr(const MatmulCall& call) {
   run_tiles<typename Op::Isa, typename Op::Element>(call, BsrTileKernel<Op>(call.weight));
+}
+
+template <class S, class T>
+void run_bsr_fma(const MatmulCall& call) {
+  if constexpr (sizeof(T) == 2) {
+    if (bsr_paired(*call.weight.header)) return run_bsr<Fma<S, T, true>>(call);
+  }
+  run_bsr<Fma<S, T, false>>(call);
 }
 
 // ---- few tokens: panels of 16 rows in the lanes ----

@@ -9,8 +9,9 @@ struct DotBf16 {
   using Isa = Avx512;
   using Element = bf16;
   static constexpr int kColumns = 2;
-  static constexpr int kFloatsX2 = 1;  // two columns in a word
-  static __m512i weight(const bf16* values, int64_t step, int64_t panel_rows, int row, bool) {
+  static constexpr int kVectorsOfX = 1;  // two columns in a word
+  template <int kRows>
+  static __m512i weight(const bf16* values, int64_t step, int64_t panel_rows, int row, int) {
     return broadcast_word(values + (step * panel_rows + row) * 2);
   }
   static __m512 mac(__m512i w, const float* x, __m512 sum) { return dot_bf16(w, x, sum); }

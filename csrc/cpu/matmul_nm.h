@@ -10,23 +10,22 @@
 #include <utility>
 
 #include "cpu/tiles.h"
+#include "cpu/weights.h"
 #include "layout/nm_rows16.h"
 
 namespace sk {
 namespace {
 
-// Weight of (slot, row) of a panel in every lane. `values` is the panel's block and starts at an
-// even slot.
-template <class S>
-typename S::V broadcast_weight(const float* values, int64_t slot, int row) {
-  return S::set1(values[slot * kRows16 + row]);
+// Weight of a slot and one of kRows rows of a panel. `values` is the panel's block from the first of
+// these rows on, and starts at an even slot.
+template <class S, int kRows>
+typename Weights<S>::One slot_weight(const float* values, int64_t slot, int row) {
+  return Weights<S>::template row<kRows>(values + slot * kRows16, row);
 }
-template <class S>
-typename S::V broadcast_weight(const bf16* values, int64_t slot, int row) {
-  int32_t pair;
-  std::memcpy(&pair, values + ((slot >> 1) * kRows16 + row) * 2, 4);
-  const auto words = S::set1(pair);
-  return slot & 1 ? S::high_bf16(words) : S::low_bf16(words);
+template <class S, int kRows, class T>
+typename Weights<S>::One slot_weight(const T* values, int64_t slot, int row) {
+  return Weights<S>::template row_of_pairs<kRows>(values + (slot >> 1) * 2 * kRows16, row,
+                                                  slot & 1);
 }
 
 // Position in its group of (slot, row).
@@ -51,15 +50,16 @@ void nm_micro(const uint64_t* words, const T* values, int row, int64_t groups, i
     for (int i = 0; i < kVectors; ++i) sum[r][i] = S::zero();
   }
   const int n = kKept ? kKept : kept;
+  values += row * (sizeof(T) == 4 ? 1 : 2);
   int64_t slot = 0;
   for (int64_t g = 0; g < groups; ++g, x += int64_t(group) * kWidth) {
     for (int j = 0; j < n; ++j, ++slot) {
 #pragma GCC unroll 8
       for (int q = 0; q < kRows; q += kShare) {
         const float* from = x + position<kBits>(words, slot, row + q) * kWidth;
-        V w[kShare];
+        typename Weights<S>::One w[kShare];
 #pragma GCC unroll 4
-        for (int r = 0; r < kShare; ++r) w[r] = broadcast_weight<S>(values, slot, row + q + r);
+        for (int r = 0; r < kShare; ++r) w[r] = slot_weight<S, kRows>(values, slot, q + r);
 #pragma GCC unroll 16
         for (int i = 0; i < kVectors; ++i) {
           V v = S::load(from + i * L);
@@ -183,6 +183,13 @@ void load_pair(const bf16* values, int half, typename S::V& even, typename S::V&
   odd = S::high_bf16(words);
 }
 
+template <class S>
+void load_pair(const f16* values, int half, typename S::V& even, typename S::V& odd) {
+  const auto words = S::load_words(values + half * S::kLanes * 2);
+  even = S::low_f16(words);
+  odd = S::high_f16(words);
+}
+
 // Short sums here too: every so many pairs of weights they move into a total.
 constexpr int kDecodeBlock = 32;
 template <class S, int kTokens, int kChains>
@@ -302,6 +309,9 @@ void run_nm(const MatmulCall& call) {
 // ---- cost model: microseconds; the constants are fitted to measurements ----
 
 inline std::string any_nm(const Problem&) { return ""; }
+inline std::string only_2_of_4(const Problem& p) {
+  return p.pattern.kept == 2 && p.pattern.group == 4 ? "" : "is for 2:4 only";
+}
 inline std::string few_tokens(const Problem& p) {
   return p.m <= kMaxDecodeTokens
              ? ""

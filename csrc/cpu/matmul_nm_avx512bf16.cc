@@ -1,26 +1,11 @@
-// 2:4 in bf16 with `vdpbf16ps`. A group of four activations has six pairs; all six are laid out
-// once per tile, so that one indexed load fetches exactly the two activations a row kept:
-//
-//   panel   [group][(0,1) (0,2) (1,2) (0,3) (1,3) (2,3)][token]     one 32-bit word each
+// 2:4 in bf16 with `vdpbf16ps`: the dot product of the two weights a row kept and their activations,
+// which group_pairs.h lays side by side.
 #include "cpu/dot_bf16.h"
+#include "cpu/group_pairs.h"
 #include "cpu/matmul_nm_lanes.h"
 
 namespace sk {
 namespace {
-
-constexpr int kPairs = 6;
-
-// Which of the six for a nibble position0 | position1 << 2: position0 + position1 (position1 - 1) /
-// 2, as a table of nibbles.
-constexpr uint64_t pair_table() {
-  uint64_t table = 0;
-  for (int second = 1; second < 4; ++second) {
-    for (int first = 0; first < second; ++first) {
-      table |= uint64_t(first + second * (second - 1) / 2) << (4 * (first | second << 2));
-    }
-  }
-  return table;
-}
 
 template <int kRows, int kShare, int kVectors>
 void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x,
@@ -131,13 +116,13 @@ struct DotLanes {
   using Element = bf16;
   using Packed = bf16;
   static constexpr int kBlockGroups = 128;  // the result is rounded to bf16: longer sums will do
-  struct Weights {
+  struct Group {
     __m512i values, control;
-    Weights(const uint64_t* words, const bf16* from, int)
+    Group(const uint64_t* words, const bf16* from, int)
         : values(_mm512_loadu_si512(from)),
           control(_mm512_permutexvar_epi32(Avx512::row_nibbles(words, 0), shuffle_table())) {}
   };
-  static void mac(const Weights& w, const bf16* four, __m512& even, __m512&) {
+  static void mac(const Group& w, const bf16* four, __m512& even, __m512&) {
     int64_t word;
     std::memcpy(&word, four, 8);
     const __m512i kept = _mm512_shuffle_epi8(_mm512_set1_epi64(word), w.control);

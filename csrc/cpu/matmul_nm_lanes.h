@@ -18,7 +18,7 @@ namespace {
 
 // The multiply in f32, whatever the element type T. An Op names
 //   Packed        element of the packed x
-//   Weights       what a panel's group holds, for the rows of one register
+//   Group         what a group of a panel holds, for the rows of one register
 //   kBlockGroups  groups of a block, for which each sum starts anew: 64 terms in f32
 template <class S, class T>
 struct FmaLanes {
@@ -26,17 +26,17 @@ struct FmaLanes {
   using Element = T;
   using Packed = float;
   static constexpr int kBlockGroups = 32;
-  struct Weights {
+  struct Group {
     typename S::V even, odd;
     typename S::I first, second;
-    Weights(const uint64_t* words, const T* values, int part) {
+    Group(const uint64_t* words, const T* values, int part) {
       load_pair<S>(values, part, even, odd);
       first = S::row_nibbles(words, part);
       second = S::shift_right_2(first);
     }
   };
   // Two sums, so that one multiply-add need not wait for the other.
-  static void mac(const Weights& w, const float* four, typename S::V& even, typename S::V& odd) {
+  static void mac(const Group& w, const float* four, typename S::V& even, typename S::V& odd) {
     even = S::fma(w.even, S::pick4(four, w.first), even);
     odd = S::fma(w.odd, S::pick4(four, w.second), odd);
   }
@@ -64,7 +64,7 @@ void lanes_micro(const uint64_t* words, const typename Op::Element* values, int 
     }
     const auto* from = x;
     for (int g = 0; g < groups; ++g, from += 4 * kTokens) {
-      const typename Op::Weights w(words + g, values + g * 2 * kRows16, part);
+      const typename Op::Group w(words + g, values + g * 2 * kRows16, part);
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) Op::mac(w, from + 4 * t, sum[t][0], sum[t][kSums - 1]);
     }
@@ -169,12 +169,6 @@ double lanes_cost_us(const Problem& p, double rate) {
 template <class S>
 double fma_lanes_cost_us(const Problem& p) {
   return lanes_cost_us<S>(p, 4.0);
-}
-
-inline std::string only_2_of_4(const Problem& p) {
-  return p.pattern.kept == 2 && p.pattern.group == 4
-             ? ""
-             : "pairs of positions are looked up for 2:4 only";
 }
 
 }  // namespace

@@ -13,13 +13,6 @@ namespace sk {
 
 namespace {
 
-Isa isa_of(const char* arch) {
-  for (Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
-    if (std::strcmp(arch, isa_name(isa)) == 0) return isa;
-  }
-  return Isa::kScalar;
-}
-
 bool reads(const Kernel& kernel, int format_id) {
   const Format& f = format(format_id);
   return std::strcmp(f.name, kernel.format) == 0 || std::strcmp(f.extends, kernel.format) == 0;
@@ -81,7 +74,7 @@ const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> table = [] {
     std::vector<Kernel> list;
 #define SK_ENTRY(id, op, format, dtype, arch, variant) \
-  list.push_back({#id, op, format, dtype, arch, variant, isa_of(arch), &id});
+  list.push_back({#id, op, format, dtype, arch, variant, find_isa(arch).value(), &id});
 #include "dispatch/kernels.inc"
     return list;
   }();

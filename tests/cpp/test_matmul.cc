@@ -234,12 +234,51 @@ void test_not_finite(const std::vector<sk_kernel_info>& kernels) {
   }
 }
 
+// The ends of f16: sums that round to even between its numbers, subnormal ones, and those past
+// 65504, which become infinite (a NaN for decode()).
+void test_f16_range(const std::vector<sk_kernel_info>& kernels) {
+  Random random(4);
+  const double scales[] = {0x1p-24, 3 * 0x1p-24, 0x1p-14, 1 + 0x1p-10, 2049, 32768, 65504};
+  for (const sk_pattern& pattern : {nm(2, 4), nm(2, 4, 4), nm(4, 8), bsr(16, 16), bsr(4, 1)}) {
+    Weight w(pattern, SK_F16, 33, 16, Fill::kIntegers, random);
+    const std::map<std::string, Buffer> packed = pack_all(w, kernels);
+    for (int64_t m : {7, 21}) {
+      Inputs in(w, m, Fill::kIntegers, random);
+      for (int64_t row = 0; row < m; ++row) {  // one number a row, so that every sum is exact
+        for (int64_t c = 0; c < w.k; ++c) in.x.set(row, c, 0);
+        in.x.set(row, row % w.k, scales[size_t(row) % std::size(scales)]);
+      }
+      const Sums sums(w, in.x);
+      for (const sk_kernel_info& kernel : kernels) {
+        if (!reads(kernel, w) || !accepts(kernel, w, m)) continue;
+        describe(kernel, w, m, {}, 1);
+        Canvas canvas(SK_F16, m, w.n);
+        const sk_matmul_args args =
+            arguments(w, packed.at(kernel.format), in, {}, canvas.y(), canvas.stride(), 1);
+        CHECK_OK(sk_matmul(&args, kernel.name));
+        canvas.check_frame();
+        for (int64_t row = 0; row < m; ++row) {
+          for (int64_t col = 0; col < w.n; ++col) {
+            const double y = canvas.get(row, col), sum = sums.value[size_t(row * w.n + col)];
+            if (std::fabs(sum) >= 65520) {
+              CHECK(y != y);
+            } else {
+              CHECK(y == round_to(SK_F16, sum));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   const std::vector<sk_kernel_info> kernels = available_kernels();
   std::set<std::string> seen;
   test_exact(kernels, seen);
+  test_f16_range(kernels);
   test_close(kernels);
   test_not_finite(kernels);
   for (const sk_kernel_info& kernel : kernels) {

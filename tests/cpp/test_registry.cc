@@ -1,4 +1,5 @@
 // kernels.inc and what the environment makes of it.
+#include <iterator>
 #include <map>
 #include <set>
 
@@ -8,10 +9,18 @@ using namespace test;
 
 namespace {
 
+// The chain of this architecture, and how a refusal lists it.
+#if defined(__aarch64__)
+const char* const kLevels[] = {"scalar", "neon", "neon_bf16"};
+const char* const kLevelsListed = "scalar, neon or neon_bf16";
+#else
 const char* const kLevels[] = {"scalar", "avx2", "avx512", "avx512bf16"};
+const char* const kLevelsListed = "scalar, avx2, avx512 or avx512bf16";
+#endif
+constexpr int kLevelCount = int(std::size(kLevels));
 
 int level(const std::string& isa) {
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kLevelCount; ++i) {
     if (isa == kLevels[i]) return i;
   }
   fail(__FILE__, __LINE__, "unknown instruction set " + isa);
@@ -69,13 +78,16 @@ void test_machine() {
   CHECK(info.l1d_bytes > 0 && info.l2_bytes >= info.l1d_bytes && info.l3_bytes > 0);
   CHECK(level(info.isa) <= level(info.isa_detected));
   CHECK(std::string(sk_version()).find('.') != std::string::npos);
-#if defined(__x86_64__)
   // A detected level means that its features are there.
   const std::string features = std::string(" ") + info.features + " ";
   const auto has = [&](const char* feature) {
     return features.find(std::string(" ") + feature + " ") != std::string::npos;
   };
   const int detected = level(info.isa_detected);
+#if defined(__aarch64__)
+  CHECK(detected >= 1 && has("asimd"));
+  if (detected >= 2) CHECK(has("bf16"));
+#else
   if (detected >= 1) CHECK(has("avx2") && has("fma") && has("f16c") && has("bmi2"));
   if (detected >= 2) CHECK(has("avx512f") && has("avx512bw") && has("avx512dq") && has("avx512vl"));
   if (detected >= 3) CHECK(has("avx512bf16"));
@@ -114,7 +126,7 @@ void test_explain() {
 void test_isa_levels() {
   Random random(1);
   const int detected = level(cpu().isa_detected);
-  for (int cap = 0; cap < 4; ++cap) {
+  for (int cap = 0; cap < kLevelCount; ++cap) {
     context = std::string("SPARSEKIT_ISA=") + kLevels[cap];
     set_environment("SPARSEKIT_ISA", kLevels[cap]);
     const int in_use = std::min(cap, detected);
@@ -164,7 +176,7 @@ void test_isa_levels() {
   context = "SPARSEKIT_ISA=sse9";
   setenv("SPARSEKIT_ISA", "sse9", 1);
   CHECK_FAILS(sk_reload_environment(), SK_INVALID_ARGUMENT,
-              "SPARSEKIT_ISA: expected scalar, avx2, avx512 or avx512bf16, got 'sse9'");
+              std::string("SPARSEKIT_ISA: expected ") + kLevelsListed + ", got 'sse9'");
   set_environment("SPARSEKIT_ISA", "");
   CHECK(level(cpu().isa) == detected);
   set_environment("SPARSEKIT_ISA", nullptr);

@@ -194,7 +194,7 @@ SK_API sk_status sk_explain(const char* op, const char* format, const sk_pattern
 
 typedef struct sk_cpu_info {
   char model[64];
-  char isa[16];          /* the level in use: scalar, avx2, avx512 or avx512bf16 */
+  char isa[16];          /* the level in use: scalar, avx2, avx512, avx512bf16, neon or neon_bf16 */
   char isa_detected[16]; /* before SPARSEKIT_ISA */
   char features[256];    /* space-separated */
   int32_t cores;
