@@ -58,8 +58,13 @@ class Run:
 
     @property
     def stem(self) -> str:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{self.cpu} {self.isa}".lower()).strip("-")
-        return f"{self.date}-{slug}"
+        return stem(self.date, self.cpu, self.isa)
+
+
+def stem(date: str, cpu: str, isa: str) -> str:
+    """What every result file's name begins with."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu} {isa}".lower()).strip("-")
+    return f"{date}-{slug}"
 
 
 def read(path: Path) -> Run:

@@ -1,10 +1,14 @@
-"""Interleaved timing, so that a change of clock or a busy neighbour hits every rival alike."""
+"""Interleaved timing, so that a change of clock or a busy neighbour hits every rival alike.
+
+Needs the standard library alone: processes that measure other engines import it too.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import Protocol, runtime_checkable
 
 # Thread pools (OpenMP, ONNX Runtime) spin for a while after a call and would take cores away from
 # the next rival; after this pause they sleep.
@@ -12,24 +16,46 @@ _SETTLE_S = 0.003
 # Calls of a turn: some to wake the rival's threads and fill the caches, then those that are timed.
 _WARM_CALLS = 2
 _TIMED_CALLS = 3
+# From this time on one call is enough for each.
+_LONG_S = 0.05
 
 
-def settle(call: Callable[[], object]) -> None:
-    """Lets other thread pools fall asleep, then wakes this one and warms its caches."""
+@runtime_checkable
+class SelfTimed(Protocol):
+    """A rival in another process, which times itself so that the way there does not count."""
+
+    def turn(self) -> list[float]:
+        """Seconds of the timed calls of one turn, as `turn` of this module."""
+
+
+def settle(call: Callable[[], object]) -> bool:
+    """Lets other thread pools fall asleep, then wakes this one and warms its caches.
+
+    Returns:
+        Whether the call is a long one.
+    """
     time.sleep(_SETTLE_S)
     for _ in range(_WARM_CALLS):
+        start = time.perf_counter()
         call()
+        if time.perf_counter() - start > _LONG_S:
+            return True
+    return False
 
 
-def timed_call(call: Callable[[], object]) -> float:
-    """Seconds of a call of a settled rival: the median of three."""
-    settle(call)
+def turn(call: Callable[[], object]) -> list[float]:
+    """Seconds of each timed call of a settled rival: three, of a long call one."""
     seconds = []
-    for _ in range(_TIMED_CALLS):
+    for _ in range(1 if settle(call) else _TIMED_CALLS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
-    return median(seconds)
+    return seconds
+
+
+def timed_call(call: Callable[[], object]) -> float:
+    """Seconds of a call of a settled rival: the median of its turn."""
+    return median(call.turn() if isinstance(call, SelfTimed) else turn(call))
 
 
 class Rivals:
