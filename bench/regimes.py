@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,10 +28,12 @@ import sparsekit as sk
 from bench import isa, peers
 from bench.baselines import BASELINES, Baseline, Unavailable
 from bench.case import Case, machine, prepare
+from bench.command import add_worker_options, console, positive
 from bench.regimes_report import LOSS, Result, Run, save, tables
 from bench.shapes import Shape
 from bench.timing import Rivals, rounds_within, timed_call
 from sparsekit import _native, gate
+from sparsekit.demo.report import rich_table
 
 SIZES = (
     (384, 384),
@@ -304,22 +305,7 @@ def _size(text: str) -> tuple[int, int]:
     return n, k
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 SPARSE_PEERS = tuple(b.name for b in (*BASELINES, *peers.SCIPY) if not b.dense)
-
-
-def add_worker_options(parser: argparse.ArgumentParser, engines: Sequence[str]) -> None:
-    """`--<engine> PYTHON` for engines in environments of their own."""
-    for engine in engines:
-        parser.add_argument(
-            f"--{engine}", metavar="PYTHON", help=f"the Python of {engine}'s environment"
-        )
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -370,11 +356,10 @@ def main(given: Sequence[str] | None = None) -> None:
         for regime in regimes(where["isa"])
         if any(fnmatch.fnmatchcase(regime.name, glob) for glob in options.regimes)
     ]
-    # Whole words in a log file too.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    screen = console()
     if options.list:
         for regime in chosen:
-            console.print(
+            screen.print(
                 f"{regime.name}: {', '.join(regime.patterns)}, goal {regime.goal}x, "
                 f"limit {regime.limit}x, m in {regime.also + regime.rows}",
                 highlight=False,
@@ -403,7 +388,7 @@ def main(given: Sequence[str] | None = None) -> None:
         if options.isa:
             baselines = [baseline for baseline in baselines if baseline.every_isa]
         expected = estimate(todo, options.seconds)
-        console.print(f"{len(todo)} cases, about {sum(expected) / 60:.0f} minutes")
+        screen.print(f"{len(todo)} cases, about {sum(expected) / 60:.0f} minutes")
         bar = tqdm(
             total=sum(expected),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
@@ -421,11 +406,11 @@ def main(given: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             run.failures.append("the run was interrupted: cases are missing")
     for table in tables(run):
-        console.print(table.rich())
+        screen.print(rich_table(table))
     for failure in run.failures:
-        console.print(f"[red]{failure}[/]")
+        screen.print(f"[red]{failure}[/]")
     if run.results:
-        console.print(f"wrote {' and '.join(map(str, save(run, options.out)))}", soft_wrap=True)
+        screen.print(f"wrote {' and '.join(map(str, save(run, options.out)))}", soft_wrap=True)
     if run.failures:
         sys.exit(1)
 

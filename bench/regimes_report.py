@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 
-from rich.markup import escape
-from rich.table import Table as RichTable
-
-from bench.report import stem
+from bench.report import markdown_table, save_run, stem
+from sparsekit.demo.report import Table
 
 LOSS = 0.95
 """Below this ratio to dense, a case must be one that `convert` keeps dense."""
@@ -86,38 +83,6 @@ class Run:
     failures: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of text.
-
-    Attributes:
-        columns: Headings; a leading ">" right-aligns the column.
-        marks: A style for rich per row, "" for none.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    marks: list[str] = field(default_factory=list)
-
-    def rich(self) -> RichTable:
-        """For the screen."""
-        table = RichTable(title=escape(self.title), title_justify="left")
-        for column in self.columns:
-            justify = "right" if column.startswith(">") else "left"
-            table.add_column(escape(column.lstrip(">")), justify=justify)  # type: ignore[arg-type]
-        for index, row in enumerate(self.rows):
-            style = self.marks[index] if self.marks else ""
-            table.add_row(*(escape(cell) for cell in row), style=style or None)
-        return table
-
-    def markdown(self) -> list[str]:
-        """For a file."""
-        rules = ["---:" if column.startswith(">") else "---" for column in self.columns]
-        lines = [[column.lstrip(">") for column in self.columns], rules, *map(list, self.rows)]
-        return [f"## {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
 def _by_regime(run: Run) -> Iterable[tuple[str, int, list[Result]]]:
     threads = sorted({result.threads for result in run.results})
     for name in run.goals:
@@ -133,26 +98,7 @@ def _ratio(values: Sequence[float]) -> str:
 
 def summary(run: Run) -> Table:
     """One row per regime and number of threads."""
-    table = Table(
-        "Regimes",
-        (
-            "regime",
-            ">threads",
-            ">cases",
-            ">goal",
-            ">mean",
-            ">limit",
-            ">of the limit",
-            "worst case",
-            ">worst",
-            f">below {LOSS}x",
-            ">of these kept dense",
-            ">m=16",
-            ">GB/s",
-            ">of read bandwidth",
-        ),
-        [],
-    )
+    rows, marks = [], []
     for name, threads, found in _by_regime(run):
         goal, limit = run.goals[name]
         counting = [result for result in found if result.counts]
@@ -161,7 +107,7 @@ def summary(run: Run) -> Table:
         losses = [result for result in found if result.speedup < LOSS]
         rates = [r.gbytes_per_s for r in found if r.gbytes_per_s is not None]
         shares = [r.bandwidth_share for r in found if r.bandwidth_share is not None]
-        table.rows.append(
+        rows.append(
             (
                 name,
                 str(threads),
@@ -179,17 +125,18 @@ def summary(run: Run) -> Table:
                 f"{geometric_mean(shares):.0%}" if shares else "–",
             )
         )
-        table.marks.append("green" if mean >= goal else "red" if counting else "")
-    return table
+        marks.append("win" if mean >= goal else "loss" if counting else "")
+    head = (
+        *("regime", ">threads", ">cases", ">goal", ">mean", ">limit", ">of the limit"),
+        *("worst case", ">worst", f">below {LOSS}x", ">of these kept dense", ">m=16"),
+        *(">GB/s", ">of read bandwidth"),
+    )
+    return Table("Regimes", head, rows, marks)
 
 
 def peers(run: Run) -> Table:
     """Each sparse engine beside the fastest dense path and beside ours, per regime."""
-    table = Table(
-        "Sparse engines",
-        ("regime", ">threads", "engine", ">cases", ">over fastest dense", ">ours over it"),
-        [],
-    )
+    rows = []
     for name, threads, found in _by_regime(run):
         for engine in sorted({engine for result in found for engine in result.peers_ms}):
             cases = [r for r in found if r.counts and engine in r.peers_ms]
@@ -197,30 +144,23 @@ def peers(run: Run) -> Table:
                 theirs = [r.dense_ms[r.fastest_dense] / r.peers_ms[engine] for r in cases]
                 ours = [r.peers_ms[engine] / r.ms for r in cases]
                 row = (name, str(threads), engine, str(len(cases)), _ratio(theirs), _ratio(ours))
-                table.rows.append(row)
-    return table
+                rows.append(row)
+    head = ("regime", ">threads", "engine", ">cases", ">over fastest dense", ">ours over it")
+    return Table("Sparse engines", head, rows)
 
 
 def cases(run: Run) -> Table:
     """One row per case, in the order they were measured."""
     dense = list(dict.fromkeys(name for r in run.results for name in r.dense_ms))
     sparse = list(dict.fromkeys(name for r in run.results for name in r.peers_ms))
-    table = Table(
-        "Cases",
-        (
-            *("regime", "pattern", ">m", ">n", ">k", ">threads", "kernel", ">ms"),
-            *(f">{name}" for name in dense + sparse),
-            *(">speedup", "note"),
-        ),
-        [],
-    )
+    rows = []
     for result in run.results:
         others = {**result.dense_ms, **result.peers_ms}
         won = result.speedup >= 1
         note = result.verdict
         if result.bandwidth_share is not None:
             note = f"{result.gbytes_per_s:.1f} GB/s, {result.bandwidth_share:.0%}  {note}".strip()
-        table.rows.append(
+        rows.append(
             (
                 result.regime,
                 result.pattern,
@@ -232,7 +172,12 @@ def cases(run: Run) -> Table:
                 note,
             )
         )
-    return table
+    head = (
+        *("regime", "pattern", ">m", ">n", ">k", ">threads", "kernel", ">ms"),
+        *(f">{name}" for name in dense + sparse),
+        *(">speedup", "note"),
+    )
+    return Table("Cases", head, rows)
 
 
 def tables(run: Run) -> list[Table]:
@@ -257,7 +202,7 @@ def markdown(run: Run) -> str:
     if any(result.bandwidth_share is not None for result in run.results):
         lines += [f"GB/s count compressed values and positions; {run.bandwidth}.", ""]
     for table in (*tables(run), cases(run)):
-        lines += table.markdown()
+        lines += markdown_table(table)
     if run.failures:
         lines += ["## Without a figure", "", *(f"- {failure}" for failure in run.failures), ""]
     return "\n".join(lines)
@@ -265,9 +210,5 @@ def markdown(run: Run) -> str:
 
 def save(run: Run, folder: Path) -> tuple[Path, Path]:
     """Writes the report and the figures; returns both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base = folder / f"{stem(run.date, run.cpu, run.isa)}-regimes"
-    text, figures = base.with_suffix(".md"), base.with_suffix(".json")
-    text.write_text(markdown(run))
-    figures.write_text(json.dumps(asdict(run), indent=1) + "\n")
-    return text, figures
+    name = f"{stem(run.date, run.cpu, run.isa)}-regimes"
+    return save_run(folder, name, markdown(run), asdict(run))

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.regimes_report import Result, Run, Table, markdown, peers, save, summary
+from bench.regimes_report import Result, Run, markdown, peers, save, summary
+from sparsekit.demo.report import Table
 
 RESULT = Result(
     regime="r",
@@ -52,8 +53,8 @@ def test_thread_counts_have_rows_of_their_own() -> None:
 
 
 def test_goals_met_and_missed_look_different() -> None:
-    assert summary(run(RESULT)).marks == ["green"]
-    assert summary(run(LOST)).marks == ["red"]
+    assert summary(run(RESULT)).marks == ["win"]
+    assert summary(run(LOST)).marks == ["loss"]
 
 
 def test_streaming_reports_the_share_of_bandwidth() -> None:
