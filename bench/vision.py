@@ -19,6 +19,9 @@ def import_torchvision() -> None:
     another torch (a CUDA wheel beside a CPU torch): the operators are missing that it describes.
     Declaring them is enough, since no model calls them.
     """
+    found: object = sys.modules.get("torchvision", torch)
+    if found is None:
+        del sys.modules["torchvision"]  # hidden from transformers, which has looked by now
     try:
         importlib.import_module("torchvision")
     except RuntimeError:

@@ -237,7 +237,7 @@ def _compiled(
 ) -> Callable[[Inputs, Path], Run]:
     def build(inputs: Inputs, folder: Path) -> Run:
         if not wanted:
-            raise Unavailable("left out of the quick run")
+            raise Unavailable("left out of this run")
         if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             raise Unavailable("torch.compile needs a C++ compiler, none was found")
         from torch._inductor import config
