@@ -32,8 +32,8 @@ from bench import peers
 from bench.baselines import Unavailable
 from bench.case import machine
 from bench.command import add_worker_options, console, positive
-from bench.models_report import HOPELESS, TOKENS, Result, Run, save, summary
-from bench.timing import Rivals, timed_call
+from bench.models_report import TOKENS, Result, Run, save, summary
+from bench.timing import Rivals, contenders, scout
 from bench.vision import import_timm
 from sparsekit.demo import encoder, latency
 from sparsekit.demo.latency import Engine, Inputs
@@ -257,12 +257,11 @@ def measure(
         )
         inputs = session.model.inputs(session.batch)
         runs, skipped = _build(groups, inputs, folder)
-        once = {name: timed_call(run) for name, run in runs.items()}
+        once: dict[str, float] = {}
         racing: dict[str, latency.Run] = {}
         for kind in _kinds(groups):
-            here = [name for name in kind if name in runs]
-            least = min((once[name] for name in here), default=0.0)
-            racing |= {name: runs[name] for name in here if once[name] <= HOPELESS * least}
+            once |= scout({name: runs[name] for name in kind if name in runs})
+            racing |= {name: runs[name] for name in contenders(once, kind)}
         rivals = Rivals(racing)
         for _ in tqdm(range(rounds), desc=session.name, unit="round", leave=False):
             rivals.run_round()

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.report import markdown_table, save_run, stem
+from bench.timing import HOPELESS, SCOUTING
 from sparsekit.demo.report import Table
 
 TOKENS = 128
 """Of every text."""
-
-HOPELESS = 1.5
-"""Engines this many times slower than the fastest of their kind have one turn."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Result:
         goal: What is promised of `speedup`, if anything.
         speedup: The fastest dense engine's time over that of our fastest, median over the rounds.
         ours: Our fastest engine.
-        engines_ms: Median milliseconds of every engine; of slow ones from a single turn.
+        engines_ms: Median milliseconds of every engine; of slow ones from a turn or a few.
         sparse_layers: Layers that `convert` made sparse.
         layers: Layers that were pruned.
         skipped: Engines that could not run, and why.
@@ -116,9 +114,10 @@ def markdown(run: Run) -> str:
         f"# Whole models: {run.cpu}, {run.isa}, {run.date}",
         "",
         f"torch {run.torch}. Median milliseconds of {run.rounds} interleaved rounds; an engine "
-        f"that is more than {HOPELESS} times slower than the fastest of its kind has a single "
-        f"turn. Texts have {TOKENS} tokens. Weights are pruned by magnitude; `sparse layers` are "
-        "those that `convert` did not keep dense. bfloat16 is compared with dense float32 engines "
+        f"that is more than {HOPELESS} times slower than the fastest of its kind is given the "
+        f"least of {SCOUTING} turns or fewer. Texts have {TOKENS} tokens. Weights are pruned by "
+        "magnitude; `sparse layers` are those that `convert` did not keep dense. bfloat16 is "
+        "compared with dense float32 engines "
         "as well. `over dense` is the fastest dense engine's time over ours in the same round, "
         "median of the rounds.",
         "",

@@ -31,7 +31,7 @@ from bench.case import Case, machine, prepare
 from bench.command import add_worker_options, console, positive
 from bench.regimes_report import LOSS, Result, Run, save, tables
 from bench.shapes import Shape
-from bench.timing import Rivals, rounds_within, timed_call
+from bench.timing import HOPELESS, Rivals, contenders, rounds_within, scout, timed_call
 from sparsekit import _native, gate
 from sparsekit.demo.report import rich_table
 
@@ -210,8 +210,6 @@ def reader(threads: int) -> Callable[[], Tensor]:
     return quickest
 
 
-# Rivals that are this much slower than the fastest of their kind cannot win: one turn is enough.
-_HOPELESS = 1.5
 # Not a rival of ours, but the memory's own speed.
 _READ = "read"
 
@@ -232,15 +230,15 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
     case, shape = job.case, job.case.shape
     prepared = prepare(case, baselines)
     with torch.inference_mode():
-        once = {name: timed_call(call) for name, call in prepared.dense.items()}
-        quickest = min(once.values())
-        ours = timed_call(prepared.ours)
-        peers_once = {name: timed_call(call) for name, call in prepared.sparse.items()}
-        racing = {n: c for n, c in prepared.dense.items() if once[n] <= _HOPELESS * quickest}
-        racing |= {n: c for n, c in prepared.sparse.items() if peers_once[n] <= quickest}
-        once |= peers_once
+        calls = {"ours": prepared.ours, **prepared.dense, **prepared.sparse}
+        # Apart, since all of the dense ones may be far behind the sparse ones.
+        once = scout(prepared.dense) | scout({"ours": prepared.ours, **prepared.sparse})
+        racing = {name: calls[name] for name in contenders(once, prepared.dense)}
+        # A sparse engine that is slower than dense has lost already.
+        quickest = min(once[name] for name in racing)
+        racing |= {n: c for n, c in prepared.sparse.items() if once[n] <= HOPELESS * quickest}
         # A turn is up to five calls.
-        round_s = 5 * (ours + sum(once[name] for name in racing))
+        round_s = 5 * (once["ours"] + sum(once[name] for name in racing))
         if job.regime.streaming:
             racing[_READ] = reader(job.threads)
             once[_READ] = timed_call(racing[_READ])
@@ -287,9 +285,9 @@ def estimate(todo: Sequence[Job], seconds: float) -> list[float]:
     x, weight = torch.randn(64, 1024), torch.randn(1024, 1024)
     rate = 2 * 64 * 1024 * 1024 / timed_call(lambda: torch.nn.functional.linear(x, weight))
     return [
-        # Building every path; then the budget, or three rounds of three rivals' five calls, or,
-        # of long calls, two.
-        2e-8 * job.case.shape.n * job.case.shape.k + 0.1 + max(seconds, 18 * call)
+        # Building every path; scouting, three turns of four rivals; then the budget, or three
+        # rounds of three rivals. A turn is five calls, of long calls two.
+        2e-8 * job.case.shape.n * job.case.shape.k + 0.1 + 24 * call + max(seconds, 18 * call)
         for job in todo
         for call in [job.operations / rate / job.threads]
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from bench.report import markdown_table, save_run, stem
+from bench.timing import HOPELESS, SCOUTING
 from sparsekit.demo.report import Table
 
 LOSS = 0.95
@@ -21,7 +22,7 @@ class Result:
     Attributes:
         counts: Part of the regime's mean.
         speedup: The fastest dense path's time over ours, median over the rounds.
-        dense_ms: Median milliseconds of the dense paths; of slow ones from a single turn.
+        dense_ms: Median milliseconds of the dense paths; of slow ones from a turn or a few.
         peers_ms: Of the sparse engines, likewise.
         unavailable: Paths that could not run it, and why.
         gate_speedup: What `convert`'s gate measured, of losses alone.
@@ -192,9 +193,10 @@ def markdown(run: Run) -> str:
         f"# Regimes: {run.cpu}, {run.isa}, {run.date}",
         "",
         f"torch {run.torch}. `speedup` is the fastest dense path's time over ours in the same "
-        "round, median of the interleaved rounds; a path that is more than 1.5 times slower than "
-        "the fastest of its kind has a single turn. `mean` is the geometric one over the cases "
-        "that count, m=16 does not. Of each case below "
+        "round, median of the interleaved rounds; a path that is more than "
+        f"{HOPELESS} times slower than the fastest dense one is given the least of {SCOUTING} "
+        "turns or fewer. `mean` is the geometric one over the cases that count, m=16 does not. Of "
+        "each case below "
         f"{LOSS}x it is measured what `convert` would do. Our results were checked against float64 "
         "before they were timed.",
         "",

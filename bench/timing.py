@@ -6,7 +6,7 @@ Needs the standard library alone: processes that measure other engines import it
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Protocol, runtime_checkable
 
@@ -56,6 +56,36 @@ def turn(call: Callable[[], object]) -> list[float]:
 def timed_call(call: Callable[[], object]) -> float:
     """Seconds of a call of a settled rival: the median of its turn."""
     return median(call.turn() if isinstance(call, SelfTimed) else turn(call))
+
+
+HOPELESS = 1.5
+"""Who is this many times slower than the fastest rival after `SCOUTING` turns has no more."""
+
+SCOUTING = 3
+# And who is this many times slower, not even those: some sparse engines take seconds.
+_FAR_BEHIND = 4
+
+
+def scout(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each call, the least of a few interleaved turns: what a busy machine delays once.
+
+    Args:
+        calls: Name to call; one that is far behind the fastest has a single turn.
+    """
+    best = {name: timed_call(call) for name, call in calls.items()}
+    for _ in range(SCOUTING - 1):
+        least = min(best.values(), default=0.0)
+        for name, call in calls.items():
+            if best[name] <= _FAR_BEHIND * least:
+                best[name] = min(best[name], timed_call(call))
+    return best
+
+
+def contenders(seconds: Mapping[str, float], among: Iterable[str]) -> list[str]:
+    """Those of some rivals that may be the fastest of them, by what `scout` found."""
+    here = [name for name in among if name in seconds]
+    least = min((seconds[name] for name in here), default=0.0)
+    return [name for name in here if seconds[name] <= HOPELESS * least]
 
 
 class Rivals:
