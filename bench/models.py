@@ -372,7 +372,11 @@ def main(given: Sequence[str] | None = None) -> None:
                 for session in group:
                     bar.set_description(session.name)
                     compiled = not options.no_compile
-                    run.results.extend(measure(session, dense, options.rounds, compiled, workers))
+                    try:
+                        found = measure(session, dense, options.rounds, compiled, workers)
+                        run.results.extend(found)
+                    except Unavailable as gone:
+                        run.failures.append(f"{session.name}: {gone}")
                     bar.update()
         except KeyboardInterrupt:
             run.failures.append("the run was interrupted: models are missing")

@@ -398,7 +398,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 try:
                     result = measure(job, baselines, options.seconds, options.rounds)
                     run.results.append(result)
-                except (AssertionError, NotImplementedError) as error:
+                except (AssertionError, NotImplementedError, Unavailable) as error:
                     run.failures.append(f"{job.case.name}, {job.threads} threads: {error}")
                 bar.update(weight)
         except KeyboardInterrupt:

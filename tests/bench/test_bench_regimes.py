@@ -7,7 +7,7 @@ import torch
 import sparsekit as sk
 from bench import case as cases_module
 from bench import isa, regimes
-from bench.baselines import BASELINES
+from bench.baselines import BASELINES, Unavailable
 from bench.case import Case
 from bench.regimes import AVX2, AVX512, SIZES, Job, Regime, jobs, main, sizes_of, streamed_bytes
 from bench.shapes import Shape
@@ -114,9 +114,15 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "4 cases, about" in capsys.readouterr().out
 
 
-def test_a_wrong_result_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [AssertionError("it is wrong"), Unavailable("it is gone")])
+def test_a_case_without_a_figure_fails_the_run(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def wrong(*_: object) -> None:
-        raise AssertionError("the error against float64 is 7")
+        raise error
 
     monkeypatch.setattr(cases_module, "check", wrong)
     command = ["--regimes", "f32-2:4", "--shapes", "77x130", "--rows", "16", "--threads", "1"]
@@ -127,6 +133,7 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         torch.set_num_threads(before)
     assert list(tmp_path.iterdir()) == []
+    assert str(error) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
