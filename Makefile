@@ -4,8 +4,10 @@
 #   make demo        build, then prune, convert and measure a real model   (DEMO_ARGS=--quick: short form)
 #   make test        all tests: pytest (TEST_ARGS=...) and the C++ programs
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
-#   make goals       the speed goals, each against the fastest dense path
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
+#   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
+#   make models      whole models against every engine                     (MODELS_ARGS=...)
+#   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
 #   make sanitize    C++ tests under ASan+UBSan and under TSan
 #   make docs        HTML documentation in docs/_build/html, warnings as errors
@@ -16,13 +18,16 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp test-aarch64 bench goals lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp test-aarch64 bench regimes models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+REGIMES_ARGS ?=
+MODELS_ARGS ?=
+PEERS_PYTHON ?= python3.11
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -61,8 +66,21 @@ bench: $(VENV)/.extra-bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json $(BENCH_ARGS)
 	$(BIN)/python -m bench.report build/bench.json --out bench/results
 
-goals: $(VENV)/.extra-bench
-	$(BIN)/python -m bench.goals
+regimes: $(VENV)/.extra-bench
+	$(BIN)/python -m bench.regimes $(REGIMES_ARGS)
+
+models: $(VENV)/.extra-models
+	$(BIN)/python -m bench.models $(MODELS_ARGS)
+
+# Their numpy, protobuf and Python are not ours; the constraints are for torch.
+peers-env: $(VENV)/peers/deepsparse/.done $(VENV)/peers/xnnpack/.done
+
+$(VENV)/peers/deepsparse/.done: PACKAGES = --only-binary deepsparse deepsparse==1.8.0 'numpy<2'
+$(VENV)/peers/xnnpack/.done: PACKAGES = ai-edge-litert
+$(VENV)/peers/%/.done: $(VENV)/.tools
+	$(PEERS_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet $(PACKAGES)
+	touch $@
 
 # ---- checking it ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,16 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Baseline:
-    """One path: its name, whether it multiplies with the dense matrix, and its builder."""
+    """One path: its name, whether it multiplies with the dense matrix, and its builder.
+
+    Attributes:
+        every_isa: It can be limited to an older instruction set, see `bench/isa.py`.
+    """
 
     name: str
     dense: bool
     build: Callable[[Tensor, Tensor, Tensor], Call]
+    every_isa: bool = True
 
 
 def _torch_path(name: str, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
@@ -41,15 +47,12 @@ def _torch_path(name: str, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     return paths[name]
 
 
-def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
-    """A graph of one Gemm, with input and output bound once so that nothing is copied."""
-    if weight.dtype != torch.float32:
-        raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 Gemm")
+def gemm_model(weight: Tensor, bias: Tensor, m: int) -> Any:
+    """An ONNX graph of one Gemm, `x [m, k]` to `y [m, n]`; old enough for every engine here."""
     import onnx
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    (m, k), n = x.shape, weight.shape[0]
+    n, k = weight.shape
     graph = helper.make_graph(
         [helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])],
         "linear",
@@ -60,8 +63,19 @@ def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
             numpy_helper.from_array(bias.numpy(), "bias"),
         ],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     onnx.checker.check_model(model)
+    return model
+
+
+def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+    """A graph of one Gemm, with input and output bound once so that nothing is copied."""
+    if weight.dtype != torch.float32:
+        raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 Gemm")
+    import onnxruntime
+
+    m, n = x.shape[0], weight.shape[0]
+    model = gemm_model(weight, bias, m)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would otherwise spin into the next rival's turn.
@@ -101,7 +115,7 @@ def _torch_sparse(
 BASELINES = (
     Baseline("torch", True, partial(_torch_path, "torch")),
     Baseline("oneDNN", True, partial(_torch_path, "oneDNN")),
-    Baseline("onnxruntime", True, _onnxruntime),
+    Baseline("onnxruntime", True, _onnxruntime, every_isa=False),
     Baseline("torch-csr", False, partial(_torch_sparse, Tensor.to_sparse_csr)),
     Baseline(
         "torch-bsr16x16",

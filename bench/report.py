@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sparsekit.demo.report import Table
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,13 @@ class Run:
 
     @property
     def stem(self) -> str:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{self.cpu} {self.isa}".lower()).strip("-")
-        return f"{self.date}-{slug}"
+        return stem(self.date, self.cpu, self.isa)
+
+
+def stem(date: str, cpu: str, isa: str) -> str:
+    """What every result file's name begins with."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu} {isa}".lower()).strip("-")
+    return f"{date}-{slug}"
 
 
 def read(path: Path) -> Run:
@@ -88,6 +95,23 @@ def read(path: Path) -> Run:
         torch=machine["torch"],
         rows=tuple(sorted(rows, key=lambda row: row.speedup)),
     )
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Lines of a table with its heading."""
+    rules = ["---:" if column.startswith(">") else "---" for column in table.columns]
+    lines = [[column.lstrip(">") for column in table.columns], rules, *table.rows]
+    note = [table.note, ""] if table.note else []
+    return [f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *note]
+
+
+def save_run(folder: Path, name: str, text: str, figures: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Writes a run's report as markdown and its figures as JSON; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / f"{name}.md", folder / f"{name}.json"
+    paths[0].write_text(text)
+    paths[1].write_text(json.dumps(figures, indent=1) + "\n")
+    return paths
 
 
 def _table(rows: Iterable[Row], rivals: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.baselines import BASELINES
 from bench.case import Case, machine, prepare
 from bench.timing import Rivals, rounds_within, settle, timed_call
 
@@ -13,7 +14,8 @@ from bench.timing import Rivals, rounds_within, settle, timed_call
 def test_matmul(case: Case, benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> None:
     option = request.config.option
     torch.set_num_threads(option.threads)
-    prepared = prepare(case, sparse_baselines=case.kernel is None)
+    # A forced kernel is compared with dense alone.
+    prepared = prepare(case, [b for b in BASELINES if b.dense or case.kernel is None])
     with torch.inference_mode():
         # torch's sparse formats are often slower than dense by far: one call says enough.
         slow = {name: timed_call(call) for name, call in prepared.sparse.items()}

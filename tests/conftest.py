@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,9 @@ import pytest
 # spin, above all on a busy machine. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
+from bench.vision import import_torchvision
 
-# timm needs torchvision's Python code, which cannot be imported where its native library was built
-# for another torch (a CUDA wheel beside a CPU torch): the operators are missing that it describes.
-# Declaring them is enough, since no test calls them. A module that failed half way is forgotten.
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    _torchvision = torch.library.Library("torchvision", "DEF")
-    _torchvision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _torchvision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import_torchvision()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sparsekit as sk
 from bench import case as module
-from bench import goals, report
+from bench import report
 from bench.case import Case, chosen_cases, kernel_cases, prepare
 from bench.shapes import Shape
 
@@ -47,17 +47,31 @@ def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(Case(SMALL, 3, "2:4", torch.float32))
 
 
-def test_goals_are_rows_of_a_table() -> None:
-    row = goals.measure(goals.Goal(Case(SMALL, 3, "2:4", torch.float32), factor=1e9), rounds=1)
-    assert row[:3] == ["m=3 n=64 k=96", "2:4", "f32"]
-    assert row[-2] == "1000000000.00x"
-    assert row[-1].startswith("[red]")
+@pytest.mark.parametrize("size", [(77, 130), (64, 96)])
+@pytest.mark.parametrize("pattern", ["2:4v4", "bsr1x1@0.9", "bsr16x16@0.75", "bsr8x8@0.0"])
+def test_random_masks_keep_what_the_pattern_keeps(pattern: str, size: tuple[int, int]) -> None:
+    parsed = sk.parse_pattern(pattern)
+    mask = module.random_mask(parsed, *size, torch.Generator().manual_seed(0))
+    assert mask.shape == size
+    assert parsed.fits(mask)
+    if isinstance(parsed, sk.BlockSparse):
+        kept = int(parsed.occupancy(mask).sum())
+        # Equal scores at the border may cost a block or two.
+        assert parsed.blocks_kept(*size) - 2 <= kept
 
 
-def test_the_large_goal_does_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goals._native, "cpu_info", lambda: {"l3_bytes": 500_000_000})
-    shape = goals._larger_than_cache()
-    assert shape.n * shape.k * 4 * 0.53125 > 500_000_000
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_large_result_is_checked_by_some_rows(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHECKED", 64 * 96 * 4)
+    x, weight, bias = torch.randn(50, 96), torch.randn(64, 96), torch.randn(64)
+    y = torch.nn.functional.linear(x, weight, bias)
+    module.check(y, x, weight, bias)
+    y[row] += 1
+    with pytest.raises(AssertionError, match="error against float64"):
+        module.check(y, x, weight, bias)
+    y[row] = torch.nan
+    with pytest.raises(AssertionError, match="NaN"):
+        module.check(y, x, weight, bias)
 
 
 def test_one_case_from_the_command_to_the_report(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def load_tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(model_dir(), local_files_only=True)
 
 
-def _hide_broken_torchvision() -> None:
+def hide_broken_torchvision() -> None:
     """Keeps transformers from a torchvision that cannot be imported.
 
     One built for another torch (a CUDA wheel beside a CPU torch) raises, and transformers, which
@@ -129,7 +129,7 @@ def _hide_broken_torchvision() -> None:
 
 def _transformers() -> Any:
     require("transformers")
-    _hide_broken_torchvision()
+    hide_broken_torchvision()
     use_offline()
     transformers = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils import mkldnn
 from tqdm import tqdm
 
-Inputs = tuple[Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+"""What a model is called with; here token ids and attention mask."""
+
 Run = Callable[[], Tensor]
 
 _SAME_RESULT = 0.99
@@ -63,11 +65,18 @@ def example(batch: int, tokens: int, vocabulary: int) -> Inputs:
 def engines(
     dense: nn.Module, sparse: nn.Module, dtype: torch.dtype, compile_models: bool
 ) -> list[Engine]:
-    """Every engine of the comparison.
+    """Every engine of the comparison, those of the dense model first."""
+    return [
+        *dense_engines(dense, dtype, compile_models),
+        *sparse_engines(sparse, dtype, compile_models),
+    ]
+
+
+def dense_engines(dense: nn.Module, dtype: torch.dtype, compile_models: bool) -> list[Engine]:
+    """Every way to run the dense model.
 
     Args:
         dense: The trained float32 model.
-        sparse: The converted model, of any dtype.
         dtype: What the sparse model computes in. When it is not float32, the dense torch engines
             appear in it as well, since the fastest of all dense ones is the yardstick.
         compile_models: Whether to include torch.compile, which takes about 20 s a model and shape.
@@ -91,10 +100,13 @@ def engines(
             # since torch.compile would find the program of the same model and run that.
             build = _compiled(deepcopy(model), compile_models, freeze=True, dynamic=True)
             found.append(Engine(f"{frozen}, dynamic", False, build))
+    return [*found, Engine("ONNX Runtime float32", False, _onnxruntime(dense))]
+
+
+def sparse_engines(sparse: nn.Module, dtype: torch.dtype, compile_models: bool) -> list[Engine]:
+    """Both ways to run a converted model, which computes in `dtype`."""
     suffix = str(dtype).removeprefix("torch.")
     return [
-        *found,
-        Engine("ONNX Runtime float32", False, _onnxruntime(dense)),
         Engine(f"sparsekit eager {suffix}", True, _eager(sparse)),
         Engine(f"sparsekit torch.compile {suffix}", True, _compiled(sparse, compile_models)),
     ]
@@ -140,7 +152,7 @@ def measure(
                 run = engine.build(inputs, folder)
                 # Compilation, packing and the first touch of memory happen here.
                 output = run()
-                _check(output, expected.setdefault(engine.sparse, output))
+                check_result(output, expected.setdefault(engine.sparse, output))
                 run()
             except Unavailable as reason:
                 skipped[engine.name] = str(reason)
@@ -150,8 +162,12 @@ def measure(
     return _summary(candidates, times, skipped, batch, tokens, rounds)
 
 
-def _check(output: Tensor, expected: Tensor) -> None:
-    """A fast wrong answer is no engine: compares with the eager run of the same weights."""
+def check_result(output: Tensor, expected: Tensor) -> None:
+    """A fast wrong answer is no engine: compares with the eager run of the same weights.
+
+    Raises:
+        Unavailable: A row's cosine is below the least one.
+    """
     cosine = nn.functional.cosine_similarity(output.double(), expected.double()).min().item()
     if not cosine >= _SAME_RESULT:
         raise Unavailable(f"its result differs from eager's: cosine {cosine:.4f}")
@@ -221,7 +237,7 @@ def _compiled(
 ) -> Callable[[Inputs, Path], Run]:
     def build(inputs: Inputs, folder: Path) -> Run:
         if not wanted:
-            raise Unavailable("left out of the quick run")
+            raise Unavailable("left out of this run")
         if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             raise Unavailable("torch.compile needs a C++ compiler, none was found")
         from torch._inductor import config
@@ -266,6 +282,43 @@ def _quiet(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+def export_onnx(
+    model: nn.Module, inputs: Inputs, path: Path, opset: int | None = None
+) -> list[str]:
+    """Writes a model as an ONNX file of one input shape.
+
+    Args:
+        model: Is not changed.
+        inputs: An example; a fixed shape is the best case for optimisers.
+        path: The file.
+        opset: An old one, for engines that read no other, written by the older exporter; None for
+            the current one.
+
+    Returns:
+        The names of the file's inputs.
+    """
+    copy = deepcopy(model)
+    for module in copy.modules():
+        # The exporter guards torch's fused attention with IsNaN and Where in every layer;
+        # written out, ONNX Runtime fuses it itself and is about a tenth faster.
+        choose = getattr(module, "set_attn_implementation", None)
+        if callable(choose):
+            choose("eager")
+    names = [f"input{index}" for index in range(len(inputs))]
+    with warnings.catch_warnings(), _quiet("onnxscript", "onnx_ir", "torch.onnx"):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            copy,
+            inputs,
+            str(path),
+            input_names=names,
+            dynamo=opset is None,
+            opset_version=opset,
+            verbose=False,
+        )
+    return names
+
+
 def _onnxruntime(model: nn.Module) -> Callable[[Inputs, Path], Run]:
     def build(inputs: Inputs, folder: Path) -> Run:
         for name in ("onnxruntime", "onnx", "onnxscript"):
@@ -273,20 +326,7 @@ def _onnxruntime(model: nn.Module) -> Callable[[Inputs, Path], Run]:
                 raise Unavailable(f'{name} is not installed; pip install "sparsekit-kernels[demo]"')
         onnxruntime = importlib.import_module("onnxruntime")
         path = folder / f"dense_{inputs[0].shape[0]}.onnx"
-        copy = deepcopy(model)
-        for module in copy.modules():
-            # The exporter guards torch's fused attention with IsNaN and Where in every layer;
-            # written out, ONNX Runtime fuses it itself and is about a tenth faster.
-            choose = getattr(module, "set_attn_implementation", None)
-            if callable(choose):
-                choose("eager")
-        names = ["input_ids", "attention_mask"]
-        with warnings.catch_warnings(), _quiet("onnxscript", "onnx_ir", "torch.onnx"):
-            warnings.simplefilter("ignore")
-            # A fixed shape is the best case for its optimiser.
-            torch.onnx.export(
-                copy, inputs, str(path), input_names=names, dynamo=True, verbose=False
-            )
+        names = export_onnx(model, inputs, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

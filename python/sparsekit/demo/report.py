@@ -127,7 +127,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     if report["quick"]:
         console.print(QUICK_NOTE, style="bold yellow")
     for table in reversed(tables(report)):
-        console.print(_rich_table(table))
+        console.print(rich_table(table))
         if table.note:
             console.print(markup(table.note), style="italic")
     for line in summary(report):
@@ -286,7 +286,8 @@ def _html_table(table: Table) -> str:
     return f"<h2>{escape(table.title)}</h2><table><tr>{head}</tr>{''.join(body)}</table>{note}"
 
 
-def _rich_table(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
+    """A table for the screen."""
     styles = {"win": "green", "loss": "red", "": None}
     rich = RichTable(title=table.title, title_justify="left", min_width=len(table.title) + 4)
     for column in table.columns:
