@@ -78,10 +78,12 @@ void nm_micro(const uint64_t* words, const T* values, int row, int64_t groups, i
 constexpr int kNmBlockColumns = 64;
 
 // Blocks of columns jump through the weights, which no hardware prefetcher follows: fetch the next
-// panel's share while this one is at work. Past the end of the buffer it is a hint without effect.
-inline void prefetch(const void* base, int64_t from, int64_t to) {
+// panel's share while this one is at work, into L1 or, where x needs all of that, into L2. Past the
+// end of the buffer it is a hint without effect.
+template <bool kIntoL1 = true>
+void prefetch(const void* base, int64_t from, int64_t to) {
   for (int64_t at = from & -64; at < to; at += 64)
-    __builtin_prefetch(static_cast<const char*>(base) + at, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(base) + at, 0, kIntoL1 ? 3 : 2);
 }
 
 // Tile widths that fill the registers without spilling, and rows at a time: a narrow tile takes

@@ -84,8 +84,8 @@ class NmDotKernel {
       const int64_t next = r_.pairs * 2 * kRows16,
                     segment = groups * 2 * kRows16 * int64_t(sizeof(bf16));
       for (int row = 0; row < kRows16; row += rows) {
-        prefetch(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
-        if (row == 0) prefetch(words + r_.words, 0, groups * 8);
+        prefetch<false>(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
+        if (row == 0) prefetch<false>(words + r_.words, 0, groups * 8);
         micro(words, values, row, groups, x, acc, column0 == 0);
         acc += int64_t(rows) * vectors * 16;
       }

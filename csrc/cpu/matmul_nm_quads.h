@@ -89,7 +89,9 @@ class NmQuadsKernel {
         values_(weight.values<float>()) {}
 
   TileShape shape() const {
-    return {kMaxVectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns};
+    // A block of x is to leave room in L1 for the weights and sums that pass by.
+    const int vectors = cpu_info().l1d_bytes < 48 << 10 ? 5 : kMaxVectors;
+    return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
