@@ -74,7 +74,7 @@ const std::vector<Kernel>& kernels() {
   static const std::vector<Kernel> table = [] {
     std::vector<Kernel> list;
 #define SK_ENTRY(id, op, format, dtype, arch, variant) \
-  list.push_back({#id, op, format, dtype, arch, variant, find_isa(arch).value(), &id});
+  list.push_back({ #id, op, format, dtype, arch, variant, find_isa(arch).value(), &id });
 #include "dispatch/kernels.inc"
     return list;
   }();
