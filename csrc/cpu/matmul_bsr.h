@@ -54,8 +54,8 @@ const T* reload(const T* p) {
 template <class Op, int kRows, int kVectors>
 const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32_t column1,
                           const typename Op::Element* values, int64_t block_steps,
-                          int64_t panel_rows, int row, const float* x, int64_t column0,
-                          float* acc) {
+                          int64_t panel_rows, int row, const float* x, int64_t column0, float* acc,
+                          const typename Op::Element* fetch) {
   using S = typename Op::Isa;
   using V = typename S::V;
   constexpr int L = S::kLanes, kWidth = kVectors * L;
@@ -72,6 +72,7 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 #pragma GCC unroll 2
       for (int column = 0; column < Op::kVectorsOfX; ++column, from += kWidth) {
         values = reload(values);
+        if (kRows >= 4) __builtin_prefetch(fetch), fetch += Op::kColumns * panel_rows;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const auto w = Op::template weight<kRows>(values, step, panel_rows, r, column);
@@ -146,10 +147,12 @@ class BsrTileKernel {
     int32_t* next = reinterpret_cast<int32_t*>(memory.get(unit1 - unit0));
     if (column0 == 0) std::copy(crow_ + unit0, crow_ + unit1, next);
     for (int64_t u = unit0; u < unit1; ++u, ++next) {
-      if (u + kAhead < unit1) {
-        const int64_t first = crow_[u + kAhead], at = next[kAhead];
+      const T* fetch = values_;
+      if (const int64_t ahead = std::max<int64_t>(1, kRowsAhead / block_rows); u + ahead < unit1) {
+        const int64_t first = crow_[u + ahead], at = next[ahead];
+        fetch += first * block_rows * cols + (at - first) * cols * panel_rows;
         prefetch(starts_ + at, 0, 128);
-        prefetch(values_ + first * block_rows * cols + (at - first) * cols * panel_rows, 0, 128);
+        if (panel_rows < 4) prefetch(fetch, 0, 128);
       }
       const uint32_t *begin = starts_ + *next, *row_end = starts_ + crow_[u + 1], *end = begin;
       const T* values =
@@ -157,7 +160,7 @@ class BsrTileKernel {
       for (int64_t panel = 0; panel < block_rows; panel += panel_rows) {
         for (int row = 0; row < panel_rows; row += rows()) {
           end = micro(begin, row_end, uint32_t(column1), values, cols / Op::kColumns, panel_rows,
-                      row, x, column0, acc);
+                      row, x, column0, acc, fetch);
           acc += int64_t(rows()) * vectors * S::kLanes;
         }
         values += (crow_[u + 1] - crow_[u]) * cols * panel_rows;
@@ -167,12 +170,12 @@ class BsrTileKernel {
   }
 
  private:
-  // Block rows from the one at work to the one whose next blocks are fetched: further than the last
-  // cache is away, at a few dozen multiply-adds a row.
-  static constexpr int kAhead = 8;
+  // Rows of W from those at work to those whose next blocks are fetched: further than the last cache
+  // is away. Blocks of many rows fetch as they go, the same steps of the next block row.
+  static constexpr int kRowsAhead = 8;
 
   using Micro = const uint32_t*(const uint32_t*, const uint32_t*, uint32_t, const T*, int64_t,
-                                int64_t, int, const float*, int64_t, float*);
+                                int64_t, int, const float*, int64_t, float*, const T*);
   using Table = std::array<Micro*, 8>;
 
   int rows() const { return bsr_rows_at_once<S>(h_.panel_rows); }
