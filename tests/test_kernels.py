@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sparsekit as sk
 from sparsekit import _native, parse_pattern
 from sparsekit._native import KernelInfo
 from sparsekit.testing import (
@@ -184,3 +185,15 @@ def test_any_number_of_threads_is_exact(kernel: KernelInfo, pattern: str, thread
                 assert_matmul_exact(y, problem.x, problem.weight, problem.bias)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["2:4", "2:4v4", "4:16", "bsr16x16@0.75", "bsr16x16@0.9", "bsr1x1@0.9"]
+)
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_long_sums_stay_within_the_rule(pattern: str, m: int) -> None:
+    """Sums of many terms are split into short ones, however few of a row's columns are kept."""
+    for seed in range(3):
+        problem = make_problem(m, 384, 1536, pattern, torch.float32, seed=seed)
+        packed = sk.pack(problem.weight, pattern=pattern, mask=problem.mask)
+        assert_matmul_close(sk.linear(problem.x, packed), problem.x, problem.weight)

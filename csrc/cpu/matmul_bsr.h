@@ -50,7 +50,8 @@ const T* reload(const T* p) {
 }
 
 // acc[r][token] += W[rows of the panel from `row` on][..] x for the blocks that start at columns below
-// `column1`; returns where it stopped.
+// `column1`; returns where it stopped. `fetch` are the values that come next, asked for step by step
+// where there are rows enough to hide that: all at once would fill the queue of misses.
 template <class Op, int kRows, int kVectors>
 const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32_t column1,
                           const typename Op::Element* values, int64_t block_steps,
@@ -89,13 +90,15 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 }
 
 // Columns of a block of the tile. Where rows of W share every load of x, its panel may lie in L2 and
-// the block is as long as sums may be: about 64 terms, which is more columns the sparser W is. Panels
+// the block is as long as sums may be: about 32 terms in f32 and 64 where the result is rounded to 16
+// bits, which is more columns the sparser W is. Panels
 // of one or two rows load x for nearly every multiply-add: theirs is a little more than L1 holds, as
 // beginning a row anew costs time too.
 inline int64_t bsr_block_columns(const PackedHeader& h) {
   const int64_t cols = h.pattern.block_cols;
   const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
-  double columns = 64 * double(h.n) * double(h.k) / std::max(kept, 1.0);
+  const int terms = h.dtype == SK_F32 ? 32 : 64;
+  double columns = terms * double(h.n) * double(h.k) / std::max(kept, 1.0);
   if (h.panel_rows < 4) columns = std::min(columns, double(cpu_info().l1d_bytes) / 256);
   return ceil_div(int64_t(std::min(std::max(columns, 128.0), 2048.0)), 2 * cols) * 2 * cols;
 }
