@@ -91,9 +91,8 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 
 // Columns of a block of the tile. Where rows of W share every load of x, its panel may lie in L2 and
 // the block is as long as sums may be: about 32 terms in f32 and 64 where the result is rounded to 16
-// bits, which is more columns the sparser W is. Panels
-// of one or two rows load x for nearly every multiply-add: theirs is a little more than L1 holds, as
-// beginning a row anew costs time too.
+// bits, which is more columns the sparser W is. Panels of one or two rows load x for nearly every
+// multiply-add: theirs is a little more than L1 holds, as beginning a row anew costs time too.
 inline int64_t bsr_block_columns(const PackedHeader& h) {
   const int64_t cols = h.pattern.block_cols;
   const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
