@@ -1,21 +1,16 @@
-"""The byte formats, packed once more by slow and obvious code.
-
-The packer here follows ``csrc/layout/README.md`` and nothing else; its bytes must be the library's.
-One thing is the library's choice, which rows of a 2:4 panel are partners: it is read from the
-bytes, checked, and what follows from it is built here. The examples printed in the README are
-rendered from the library's bytes.
+"""The byte formats: the library's bytes are those of ``layout_bytes.py``, which follows
+``csrc/layout/README.md``, and the examples printed there are rendered from the library's bytes.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from layout_bytes import DTYPES, FORMATS, HEADER_BYTES, element_bits, fields_of, pack
 from torch import Tensor
 
 from sparsekit import NM, BlockSparse, _native, parse_pattern
@@ -23,353 +18,12 @@ from sparsekit.patterns import Pattern
 
 README = Path(__file__).parent.parent / "csrc" / "layout" / "README.md"
 
-HEADER_BYTES = 128
-ALIGNMENT = 64
-HEADER = struct.Struct("<4s i 6i i i q q q 3q q Q")
-FIELDS = (
-    *("magic", "format", "family", "kept", "group", "vector", "block_rows", "block_cols"),
-    *("dtype", "panel_rows", "n", "k", "nnzb", "order_offset", "indices_offset", "values_offset"),
-    *("bytes", "checksum"),
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = (
     *("1:2", "1:4", "2:4", "3:4", "3:8", "4:8", "5:16", "2:4v4", "1:4v8", "4:8v16", "7:16v4"),
     *("bsr1x1@0.5", "bsr1x4@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
-    *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
+    *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3", "bsr32x16@0.5", "bsr16x128@0.5"),
 )
 SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67))
-
-
-# ---- the packer ----------------------------------------------------------------------------------
-
-
-def up(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)
-
-
-@dataclass
-class Arrays:
-    """The canonical arrays as lists; a value is the bits of an element."""
-
-    values: list[int] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    crow: list[int] = field(default_factory=list)
-
-
-def element_bits(weight: Tensor) -> list[list[int]]:
-    width = {2: (torch.int16, 0xFFFF), 4: (torch.int32, 0xFFFFFFFF)}[weight.element_size()]
-    return [[bits & width[1] for bits in row] for row in weight.view(width[0]).tolist()]
-
-
-def nm_positions(pattern: NM, kept: list[list[bool]], k: int) -> list[list[int]]:
-    """Per vector of rows: the position in its group of each slot."""
-    positions = []
-    for row0 in range(0, len(kept), pattern.vector):
-        row: list[int] = []
-        for column0 in range(0, k, pattern.m):
-            columns = range(column0, min(k, column0 + pattern.m))
-            rows = range(row0, min(len(kept), row0 + pattern.vector))
-            here = [c - column0 for c in columns if any(kept[r][c] for r in rows)]
-            free = [p for p in range(pattern.m) if p not in here]
-            row += sorted(here + free[: pattern.n - len(here)])
-        positions.append(row)
-    return positions
-
-
-def nm_values(
-    pattern: NM, bits: list[list[int]], kept: list[list[bool]], positions: list[list[int]]
-) -> list[list[int]]:
-    """Per row: the bits of each slot."""
-    values = []
-    for r, row in enumerate(bits):
-        slots = []
-        for slot, position in enumerate(positions[r // pattern.vector]):
-            column = slot // pattern.n * pattern.m + position
-            slots.append(row[column] if column < len(row) and kept[r][column] else 0)
-        values.append(slots)
-    return values
-
-
-def bsr_blocks(
-    pattern: BlockSparse, bits: list[list[int]], kept: list[list[bool]]
-) -> tuple[list[int], list[int], list[list[list[int]]]]:
-    """crow, block columns, and each block as rows of bits."""
-    rows, cols = pattern.block_shape
-    n, k = len(bits), len(bits[0])
-    crow, columns, blocks = [0], [], []
-    for row0 in range(0, n, rows):
-        for column0 in range(0, k, cols):
-            block = [
-                [
-                    bits[r][c] if r < n and c < k and kept[r][c] else 0
-                    for c in range(column0, column0 + cols)
-                ]
-                for r in range(row0, row0 + rows)
-            ]
-            inside = [
-                kept[r][c]
-                for r in range(row0, min(n, row0 + rows))
-                for c in range(column0, min(k, column0 + cols))
-            ]
-            if any(inside):
-                columns.append(column0 // cols)
-                blocks.append(block)
-        crow.append(len(blocks))
-    return crow, columns, blocks
-
-
-def words(width: int, numbers: list[int]) -> bytes:
-    return b"".join(number.to_bytes(width, "little") for number in numbers)
-
-
-def index_bytes(positions: list[list[int]], bits: int) -> bytes:
-    """Positions of each row, least significant bits first, each row on a byte of its own."""
-    out = b""
-    for row in positions:
-        number = sum(position << bits * slot for slot, position in enumerate(row))
-        out += number.to_bytes(up(len(row) * bits, 8), "little")
-    return out
-
-
-@dataclass
-class Sections:
-    """The sections of a buffer, and what the header says of them."""
-
-    order: bytes
-    indices: bytes
-    values: bytes
-    panel_rows: int = 1
-    nnzb: int = 0
-    order_last: bool = False
-
-
-def sections_nm(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, NM)
-    positions = nm_positions(pattern, kept, len(bits[0]))
-    values = nm_values(pattern, bits, kept, positions)
-    packed = index_bytes(positions, 2 if pattern.m <= 4 else 4)
-    return Sections(b"", packed, b"".join(words(size, row) for row in values))
-
-
-def order_section(positions: list[list[int]], chosen: bytes) -> bytes:
-    """2:4 in f32: per panel and 64 columns, 8 pairs of rows; `chosen` says which."""
-    out = b""
-    slots = len(positions[0])
-    for panel in range(up(len(positions), 16)):
-        for slot0 in range(0, slots, 32):
-            count = min(32, slots - slot0)
-            columns: list[dict[int, int]] = []  # per row: column in the block -> slot in its group
-            for r in range(16 * panel, 16 * panel + 16):
-                row = positions[r][slot0 : slot0 + count] if r < len(positions) else [0, 1] * count
-                columns.append({s // 2 * 4 + row[s]: s % 2 for s in range(count)})
-            choice = chosen[len(out) : len(out) + 528]
-            common = choice[0]
-            block = bytes([common, *[0] * 7])
-            rows_seen: list[int] = []
-            for pair in range(8):
-                rows = choice[8 + 65 * pair]
-                a, b = rows % 16, rows // 16
-                assert a < b, "the lower row comes first"
-                rows_seen += [a, b]
-                shared = sorted(columns[a].keys() & columns[b].keys())
-                assert len(shared) >= common, "a pair has too few columns in common"
-                shared = shared[len(shared) - common :]
-                entries = [c << 2 | columns[a][c] << 1 | columns[b][c] for c in shared]
-                left = [[c for c in sorted(columns[r]) if c not in shared] for r in (a, b)]
-                for in_a, in_b in zip(*left, strict=True):
-                    entries += [
-                        in_a << 2 | columns[a][in_a] << 1,
-                        in_b << 2 | columns[b][in_b] << 1,
-                    ]
-                block += bytes([rows, *entries]).ljust(65, b"\0")
-            assert sorted(rows_seen) == list(range(16)), "each row has one partner"
-            assert rows_seen[::2] == sorted(rows_seen[::2]), "pairs are in the order of their rows"
-            out += block
-    return out
-
-
-def interleaved(
-    pattern: NM,
-    positions: list[list[int]],
-    bits: list[list[int]],
-    kept: list[list[bool]],
-    size: int,
-) -> tuple[bytes, bytes]:
-    """Indices and values of nm_rows16."""
-    rows = nm_values(pattern, bits, kept, positions)
-    pairs = up(len(rows[0]), 2)
-    index_words, values = [], []
-    for panel in range(up(len(rows), 16)):
-
-        def position(row: int, slot: int, panel: int = panel) -> int:
-            row += 16 * panel
-            inside = row < len(rows) and slot < len(rows[0])
-            return positions[row // pattern.vector][slot] if inside else 0
-
-        def value(row: int, slot: int, panel: int = panel) -> int:
-            row += 16 * panel
-            return rows[row][slot] if row < len(rows) and slot < len(rows[0]) else 0
-
-        for pair in range(pairs):
-            even, odd = 2 * pair, 2 * pair + 1
-            if pattern.m <= 4:
-                nibbles = [[position(r, even) | position(r, odd) << 2 for r in range(16)]]
-            else:
-                nibbles = [[position(r, slot) for r in range(16)] for slot in (even, odd)]
-            for each in nibbles:
-                index_words.append(sum(each[r] << (4 * (r // 2) + 32 * (r % 2)) for r in range(16)))
-            if size == 4:
-                values += [value(r, slot) for slot in (even, odd) for r in range(16)]
-            else:
-                values += [value(r, slot) for r in range(16) for slot in (even, odd)]
-    return words(8, index_words), words(size, values)
-
-
-def sections_nm_rows16(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, NM)
-    positions = nm_positions(pattern, kept, len(bits[0]))
-    order = b""
-    if (pattern.n, pattern.m, pattern.vector, size) == (2, 4, 1, 4):
-        order = order_section(positions, chosen)
-    return Sections(
-        order, *interleaved(pattern, positions, bits, kept, size), panel_rows=16, order_last=True
-    )
-
-
-# Which rows of a quad a step is for, as bits: the order of the steps in a list.
-THREES, TWOS, ONES = (7, 11, 13, 14), (3, 12, 5, 10, 9, 6), (1, 2, 4, 8)
-
-
-def check_quads(positions: list[list[int]], order: bytes) -> bytes:
-    """The order section of nm_quads: any lists that multiply each kept column of each row once."""
-    slots, at = len(positions[0]), 0
-    for panel in range(up(len(positions), 16)):
-        for slot0 in range(0, slots, 32):
-            count = min(32, slots - slot0)
-            rows_seen: list[int] = []
-            lengths = set()
-            for _ in range(4):
-                rows_word, *steps = struct.unpack_from("<HBBBB2x", order, at)
-                rows = [rows_word >> 4 * i & 15 for i in range(4)]
-                rows_seen += rows
-                lengths.add(tuple(steps))
-                alls, threes, twos, ones = steps
-                kinds = [15] * alls + [*THREES] * threes + [*TWOS] * twos + [*ONES] * ones
-                place, covered = at + 8, set()
-                for kind in kinds:
-                    width, slot_bits = (2, 4) if kind.bit_count() > 2 else (1, 2)
-                    entry = int.from_bytes(order[place : place + width], "little")
-                    place += width
-                    column, taking = entry >> slot_bits, [i for i in range(4) if kind >> i & 1]
-                    for bit, i in enumerate(taking):
-                        row = 16 * panel + rows[i]
-                        slot = column // 4 * 2 + (entry >> bit & 1)
-                        real = positions[row][slot0 + slot] if row < len(positions) else slot % 2
-                        assert column % 4 == real, "the slot holds another column"
-                        assert (i, column) not in covered, "a column comes twice"
-                        covered.add((i, column))
-                    assert entry >> len(taking) & (1 << slot_bits) - 1 >> len(taking) == 0
-                assert len(covered) == 4 * count, "a kept column is missing"
-                assert not any(order[place : at + 136]), "what is unused is zero"
-                at += 136
-            assert sorted(rows_seen) == list(range(16)), "each row is in one quad"
-            assert len(lengths) == 1, "a block's lists have the same lengths"
-    assert len(order) == up(at, 64) * 64
-    return order[:at]
-
-
-def sections_nm_quads(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, NM)
-    positions = nm_positions(pattern, kept, len(bits[0]))
-    return Sections(
-        check_quads(positions, chosen),
-        *interleaved(pattern, positions, bits, kept, size),
-        panel_rows=16,
-        order_last=True,
-    )
-
-
-def sections_bsr(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, BlockSparse)
-    crow, columns, blocks = bsr_blocks(pattern, bits, kept)
-    values = [element for block in blocks for row in block for element in row]
-    return Sections(words(4, crow), words(4, columns), words(size, values), nnzb=len(blocks))
-
-
-def sections_bsr_rows(
-    pattern: Pattern, bits: list[list[int]], kept: list[list[bool]], size: int, chosen: bytes
-) -> Sections:
-    assert isinstance(pattern, BlockSparse)
-    rows, cols = pattern.block_shape
-    crow, columns, blocks = bsr_blocks(pattern, bits, kept)
-    panel_rows = max(p for p in (16, 8, 4, 2, 1) if rows % p == 0)
-    values = []
-    for first, end in itertools.pairwise(crow):
-        for row0 in range(0, rows, panel_rows):
-            for block in blocks[first:end]:
-                panel = block[row0 : row0 + panel_rows]
-                if size == 2 and cols % 2 == 0:
-                    values += [
-                        row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
-                    ]
-                else:
-                    values += [row[c] for c in range(cols) for row in panel]
-    starts = words(4, [column * cols for column in columns])
-    return Sections(words(4, crow), starts, words(size, values), panel_rows, len(blocks))
-
-
-Packer = Callable[[Pattern, list[list[int]], list[list[bool]], int, bytes], Sections]
-FORMATS: dict[str, tuple[int, str, Packer]] = {
-    "nm": (0, "nm", sections_nm),
-    "bsr": (1, "bsr", sections_bsr),
-    "nm_rows16": (2, "nm", sections_nm_rows16),
-    "bsr_rows": (3, "bsr", sections_bsr_rows),
-    "nm_quads": (4, "nm", sections_nm_quads),
-}
-
-
-def checksum(fields: bytes) -> int:
-    total = 0xCBF29CE484222325
-    for (word,) in struct.iter_unpack("<Q", fields):
-        total = (total ^ word) * 0x100000001B3 % 2**64
-    return total
-
-
-def pack(weight: Tensor, mask: Tensor, pattern: Pattern, format: str, chosen: bytes = b"") -> bytes:
-    """The bytes of a format. `chosen`: an order section to take the partners from."""
-    number, family, packer = FORMATS[format]
-    assert pattern.family == family
-    bits = element_bits(weight)
-    parts = packer(pattern, bits, mask.tolist(), weight.element_size(), chosen)
-    places = ["order", "indices", "values"]
-    if parts.order_last:
-        places = ["indices", "values", "order"]
-    offsets, body = {}, b""
-    for place in places:
-        section = getattr(parts, place)
-        offsets[place] = HEADER_BYTES + len(body)
-        body += section + bytes(-len(section) % ALIGNMENT)
-    code = (0, 0, 0, 0, 0, 0)
-    if isinstance(pattern, NM):
-        code = (0, pattern.n, pattern.m, pattern.vector, 0, 0)
-    elif isinstance(pattern, BlockSparse):
-        code = (1, 0, 0, 0, *pattern.block_shape)
-    fields = HEADER.pack(
-        *(b"SKP1", number, *code, DTYPES.index(weight.dtype), parts.panel_rows, *weight.shape),
-        *(parts.nnzb, offsets["order"], offsets["indices"], offsets["values"]),
-        *(HEADER_BYTES + len(body), 0),
-    )
-    header = fields[:-8] + words(8, [checksum(fields[:-8])])
-    return header + bytes(HEADER_BYTES - len(header)) + body
 
 
 # ---- the bytes are the library's -----------------------------------------------------------------
@@ -379,6 +33,13 @@ def dtypes_of(format: str, pattern: Pattern) -> list[torch.dtype]:
     """In which dtypes a format holds a pattern."""
     if format == "nm_quads":
         return [torch.float32] if pattern == parse_pattern("2:4") else []
+    halves = [torch.bfloat16, torch.float16]
+    if format == "nm_mma_sp":
+        return halves if isinstance(pattern, NM) and (pattern.n, pattern.m) == (2, 4) else []
+    if format == "bsr_mma":
+        sides = (16, 32, 64, 128)
+        fits = isinstance(pattern, BlockSparse) and {*pattern.block_shape} <= {*sides}
+        return halves if fits else []
     return list(DTYPES) if FORMATS[format][1] == pattern.family else []
 
 
@@ -445,6 +106,11 @@ BSR_EXAMPLE = (
     "bsr6x2@0.33",
     [[3 * r + 1, 3 * r + 2, 0, 0, 3 * r + 3] for r in range(6)],
 )
+MMA_ENTRIES = {(0, 0): 1, (0, 1): 2, (8, 0): 3, (0, 8): 4, (9, 27): 5, (1, 34): 6, (40, 39): 7}
+MMA_EXAMPLE = (
+    "bsr16x32@0.5",
+    [[MMA_ENTRIES.get((r, c), 0) for c in range(40)] for r in range(41)],
+)
 
 
 def example(which: tuple[str, list[list[int]]], dtype: torch.dtype, format: str) -> bytes:
@@ -452,10 +118,6 @@ def example(which: tuple[str, list[list[int]]], dtype: torch.dtype, format: str)
     weight = torch.tensor(which[1], dtype=dtype)
     canonical = _native.compress(weight, weight != 0, parse_pattern(which[0]))
     return bytes(_native.pack(canonical, format).tolist())
-
-
-def fields_of(data: bytes) -> dict[str, int]:
-    return dict(zip(FIELDS, HEADER.unpack_from(data), strict=True))
 
 
 def numbers(data: bytes, offset: int, count: int, dtype: torch.dtype) -> list[int]:
@@ -574,6 +236,56 @@ def render_bsr(format: str, dtype: torch.dtype) -> list[str]:
     return [*lines, f"byte {head['bytes']}  end"]
 
 
+def lanes_of(data: bytes, offset: int, dtype: torch.dtype) -> list[str]:
+    """The lanes of a tile that hold anything."""
+    rows = lines_of(numbers(data, offset, 256, dtype), 8)
+    return [f"lane {lane:2}  {row}" for lane, row in enumerate(rows) if set(row) != {" ", "."}]
+
+
+def render_nm_mma_sp() -> list[str]:
+    data = example(NM_EXAMPLE, torch.bfloat16, "nm_mma_sp")
+    head = fields_of(data)
+    at = head["values_offset"]
+    lines = []
+    for step in (0, 1):
+        place = f"byte {at + 512 * step:<4}  step {step}"
+        held = lanes_of(data, at + 512 * step, torch.bfloat16) or ["zeros"]
+        lines += [f"{place if i == 0 else ' ' * len(place)}  {row}" for i, row in enumerate(held)]
+    metadata = struct.unpack_from("<32I", data, at + 1024)
+    place = f"byte {at + 1024:<4}  metadata"
+    for lane in range(8):
+        lines.append(
+            f"{place if lane == 0 else ' ' * len(place)}  lane {lane:2}  {metadata[lane]:08x}"
+        )
+    assert set(metadata[8:]) == {0x44444444}
+    return [*lines, f"{' ' * len(place)}  ...      44444444", f"byte {head['bytes']}  end"]
+
+
+def render_bsr_mma() -> list[str]:
+    data = example(MMA_EXAMPLE, torch.bfloat16, "bsr_mma")
+    head = fields_of(data)
+    first_slice = struct.unpack_from("<4i", data, head["order_offset"])
+    first_stage = struct.unpack_from("<4i", data, head["order_offset"] + 64)
+    columns = struct.unpack_from(f"<{first_slice[-1]}i", data, head["indices_offset"])
+
+    def spaced(row: tuple[int, ...]) -> str:
+        return " ".join(f"{number:2}" for number in row)
+
+    lines = [
+        f"byte {head['order_offset']}  slices   {spaced(first_slice)}",
+        f"byte {head['order_offset'] + 64}  stages   {spaced(first_stage)}",
+        f"byte {head['indices_offset']}  columns  {spaced(columns)}",
+    ]
+    for slice in range(first_slice[-1]):
+        place = f"byte {head['values_offset']}  values " if slice == 0 else " " * 17
+        at = head["values_offset"] + 512 * slice
+        held = lanes_of(data, at, torch.bfloat16) or ["zeros"]
+        for i, row in enumerate(held):
+            label = f"slice {slice}" if i == 0 else " " * 7
+            lines.append(f"{place if i == 0 else ' ' * 17}  {label}  {row}")
+    return [*lines, f"byte {head['bytes']}  end"]
+
+
 EXAMPLES: dict[str, Callable[[], list[str]]] = {
     "header": render_header,
     "nm": render_nm,
@@ -582,6 +294,8 @@ EXAMPLES: dict[str, Callable[[], list[str]]] = {
     "nm_rows16 order": render_order,
     "nm_quads order": render_quads,
     "nm_rows16 bf16": lambda: render_nm_rows16(torch.bfloat16),
+    "nm_mma_sp": render_nm_mma_sp,
+    "bsr_mma": render_bsr_mma,
     "bsr_rows f32": lambda: render_bsr("bsr_rows", torch.float32),
     "bsr_rows bf16": lambda: render_bsr("bsr_rows", torch.bfloat16),
 }

@@ -15,6 +15,9 @@ const Format kFormats[kFormatCount] = {
     {"bsr_rows", SK_FAMILY_BSR, layout_bsr_rows, pack_bsr_rows, unpack_bsr_rows},
     {"nm_quads", SK_FAMILY_NM, layout_nm_quads, pack_nm_quads, unpack_nm_quads, "nm_rows16",
      has_quads},
+    {"nm_mma_sp", SK_FAMILY_NM, layout_nm_mma_sp, pack_nm_mma_sp, unpack_nm_mma_sp, "",
+     holds_nm_mma_sp},
+    {"bsr_mma", SK_FAMILY_BSR, layout_bsr_mma, pack_bsr_mma, unpack_bsr_mma, "", holds_bsr_mma},
 };
 
 // FNV-1a, a word at a time: any change of one word changes it.

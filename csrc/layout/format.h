@@ -9,6 +9,7 @@ namespace sk {
 
 constexpr uint32_t kPackedMagic = 0x31504b53;  // "SKP1" in memory
 constexpr int64_t kAlignment = 64;             // of the buffer and of each section: a cache line
+constexpr int64_t kGpuLine = 128;              // of the values that GPUs read: their cache line
 
 struct PackedHeader {
   uint32_t magic;
@@ -64,7 +65,7 @@ struct Format {
   }
 };
 
-enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kNmQuads, kFormatCount };
+enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kNmQuads, kNmMmaSp, kBsrMma, kFormatCount };
 
 // One line per format, at the end of format.cc.
 const Format& format(int id);
@@ -93,13 +94,21 @@ void unpack_nm_quads(const PackedWeight&, sk_weight&);
 void layout_bsr_rows(PackedHeader&);
 void pack_bsr_rows(const sk_weight&, const PackedHeader&, uint8_t*);
 void unpack_bsr_rows(const PackedWeight&, sk_weight&);
+bool holds_nm_mma_sp(const sk_pattern&, int dtype);
+void layout_nm_mma_sp(PackedHeader&);
+void pack_nm_mma_sp(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_nm_mma_sp(const PackedWeight&, sk_weight&);
+bool holds_bsr_mma(const sk_pattern&, int dtype);
+void layout_bsr_mma(PackedHeader&);
+void pack_bsr_mma(const sk_weight&, const PackedHeader&, uint8_t*);
+void unpack_bsr_mma(const PackedWeight&, sk_weight&);
 
 // Places sections one after the other, each on a cache line of its own.
 class SectionCursor {
  public:
-  int64_t take(int64_t bytes) {
-    const int64_t offset = at_;
-    at_ = round_up(at_ + bytes, kAlignment);
+  int64_t take(int64_t bytes, int64_t alignment = kAlignment) {
+    const int64_t offset = round_up(at_, alignment);
+    at_ = round_up(offset + bytes, kAlignment);
     return offset;
   }
   int64_t end() const { return at_; }

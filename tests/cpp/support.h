@@ -196,8 +196,17 @@ inline std::vector<sk_pattern> all_patterns() {
   }
   patterns.push_back(nm(1, 2));
   patterns.push_back(nm(5, 16, 4));
-  for (auto [rows, cols] :
-       {std::pair{1, 1}, {1, 4}, {4, 1}, {16, 1}, {8, 8}, {16, 16}, {32, 32}, {64, 64}, {6, 3}}) {
+  for (auto [rows, cols] : {std::pair{1, 1},
+                            {1, 4},
+                            {4, 1},
+                            {16, 1},
+                            {8, 8},
+                            {16, 16},
+                            {32, 32},
+                            {64, 64},
+                            {128, 16},
+                            {16, 128},
+                            {6, 3}}) {
     patterns.push_back(bsr(rows, cols));
   }
   return patterns;
@@ -452,9 +461,17 @@ inline bool accepts(const sk_kernel_info& kernel, const Weight& w, int64_t m, in
   return false;
 }
 
+// Every format, in the order of their numbers (test_errors.cc holds it against the library's list).
+constexpr const char* kFormats[] = {"nm",       "bsr",       "nm_rows16", "bsr_rows",
+                                    "nm_quads", "nm_mma_sp", "bsr_mma"};
+
 inline bool holds(const char* format, const sk_pattern& p, int32_t dtype) {
-  if (!std::strcmp(format, "nm_quads"))
-    return p.kept == 2 && p.group == 4 && p.vector == 1 && dtype == SK_F32;
+  const bool is_2_4 = p.kept == 2 && p.group == 4;
+  if (!std::strcmp(format, "nm_quads")) return is_2_4 && p.vector == 1 && dtype == SK_F32;
+  if (!std::strcmp(format, "nm_mma_sp")) return is_2_4 && dtype != SK_F32;
+  if (!std::strcmp(format, "bsr_mma")) {
+    return p.block_rows >= 16 && p.block_cols >= 16 && dtype != SK_F32;  // sides are powers of 2
+  }
   return !std::strncmp(format, "nm", 2) == (p.family == SK_FAMILY_NM);
 }
 

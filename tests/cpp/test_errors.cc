@@ -262,18 +262,48 @@ void test_pack() {
   const Weight w(nm(2, 4), SK_F32, 5, 9, Fill::kIntegers, random);
   const Canonical c = compress(w.dense, w.mask, w.pattern, w.dtype);
   int64_t bytes = -1;
+  std::string known;
+  for (const char* format : kFormats) known += (known.empty() ? "" : ", ") + std::string(format);
   CHECK_FAILS(sk_packed_bytes(&c.weight, "nm_rows32", &bytes), kInvalid,
-              "format: expected one of nm, bsr, nm_rows16, bsr_rows, nm_quads, got "
-              "'nm_rows32'");
+              "format: expected one of " + known + ", got 'nm_rows32'");
   CHECK_FAILS(sk_packed_bytes(&c.weight, nullptr, &bytes), kInvalid, "got ''");
   CHECK_FAILS(sk_packed_bytes(&c.weight, "bsr_rows", &bytes), kInvalid,
               "pack: format bsr_rows does not hold the pattern 2:4");
-  for (const sk_pattern& other : {nm(1, 4), nm(2, 4, 4)}) {
-    const Weight w(other, SK_F32, 5, 8, Fill::kIntegers, random);
-    const Canonical canonical = compress(w.dense, w.mask, other, SK_F32);
-    CHECK_FAILS(sk_packed_bytes(&canonical.weight, "nm_quads", &bytes), kInvalid,
-                "pack: format nm_quads does not hold the pattern " + name(other).substr(0, 3));
+  const auto refuse_pattern = [&](const char* format, const sk_pattern& pattern, int32_t dtype,
+                                  const std::string& what) {
+    const Weight w(pattern, dtype, 5, 8, Fill::kIntegers, random);
+    const Canonical canonical = compress(w.dense, w.mask, pattern, dtype);
+    CHECK_FAILS(sk_packed_bytes(&canonical.weight, format, &bytes), kInvalid,
+                std::string("pack: format ") + format + " does not hold the pattern " + what);
+  };
+  refuse_pattern("nm_quads", nm(1, 4), SK_F32, "1:4 in f32");
+  refuse_pattern("nm_quads", nm(2, 4, 4), SK_F32, "2:4v4 in f32");
+  refuse_pattern("nm_mma_sp", nm(2, 4), SK_F32, "2:4 in f32");
+  refuse_pattern("nm_mma_sp", nm(1, 4), SK_BF16, "1:4 in bf16");
+  refuse_pattern("nm_mma_sp", nm(4, 8, 16), SK_F16, "4:8v16 in f16");
+  refuse_pattern("bsr_mma", bsr(16, 16), SK_F32, "bsr16x16 in f32");
+  for (auto [rows, cols] : {std::pair{8, 16}, {16, 8}, {48, 16}, {16, 112}, {1, 1}}) {
+    refuse_pattern("bsr_mma", bsr(rows, cols), SK_BF16,
+                   "bsr" + std::to_string(rows) + "x" + std::to_string(cols) + " in bf16");
   }
+  // More slices than an int32 counts: refused by its sizes, no array is there to be read.
+  sk_weight wide{};
+  wide.pattern = bsr(16, 128);
+  wide.dtype = SK_BF16;
+  wide.n = int64_t{1} << 30, wide.k = int64_t{1} << 18;
+  wide.values = wide.indices = wide.crow_indices = reinterpret_cast<void*>(uintptr_t{64});
+  const auto ask_bytes = [&](int64_t nnzb) {
+    CHECK_OK(sk_weight_sizes(&wide.pattern, wide.dtype, wide.n, wide.k, nnzb, &wide.values_bytes,
+                             &wide.indices_bytes, &wide.crow_indices_bytes));
+    return sk_packed_bytes(&wide, "bsr_mma", &bytes);
+  };
+  CHECK_FAILS(ask_bytes(1 << 28), kInvalid,
+              "pack: format bsr_mma holds at most 2^31 - 1 slices of 16 columns, 268435456 blocks "
+              "of 128 columns are 2147483648; split the weight along n");
+  CHECK(bytes == -1);
+  CHECK_OK(ask_bytes((1 << 28) - 1));
+  CHECK(bytes > int64_t{1} << 40);
+  bytes = -1;
   CHECK_FAILS(sk_packed_bytes(nullptr, "nm", &bytes), kInvalid, "weight is NULL");
   CHECK(bytes == -1);
   CHECK_FAILS(sk_packed_bytes(&c.weight, "nm", nullptr), kInvalid, "bytes is NULL");
@@ -337,10 +367,12 @@ void refuse_packed(const Weight& w, const uint8_t* data, int64_t bytes, const st
 
 void test_packed() {
   Random random(5);
-  for (const char* format : {"nm", "nm_rows16", "bsr", "bsr_rows"}) {
+  for (const char* format : kFormats) {
     context = std::string("packed as ") + format;
     const bool is_nm = format[0] == 'n';
-    const Weight w(is_nm ? nm(2, 4) : bsr(4, 2), SK_F32, 21, 11, Fill::kIntegers, random);
+    const sk_pattern pattern = is_nm ? nm(2, 4) : bsr(16, 16);
+    const int32_t dtype = holds(format, pattern, SK_F32) ? SK_F32 : SK_BF16;
+    const Weight w(pattern, dtype, 21, 75, Fill::kIntegers, random);
     const Buffer good = pack(compress(w.dense, w.mask, w.pattern, w.dtype), format);
 
     refuse_packed(w, nullptr, good.bytes(), "packed weight: expected a buffer aligned to 64 bytes");
@@ -367,7 +399,7 @@ void test_packed() {
       bad.data()[at] ^= 1 << at % 8;
       refuse_packed(w, bad.data(), bad.bytes(), "packed weight: the header is damaged");
     }
-    for (int32_t unknown : {-1, 5, INT32_MAX}) {
+    for (int32_t unknown : {-1, int(std::size(kFormats)), INT32_MAX}) {
       bad = copy(good);
       poke(bad, kFormat, unknown);
       seal(bad);
@@ -381,7 +413,7 @@ void test_packed() {
                   std::string("packed weight: format ") + format + " with the wrong pattern");
     for (int offset : {int(kN), int(kValuesOffset), int(kBytes)}) {
       bad = copy(good);
-      bad.data()[offset] += 64;
+      bad.data()[offset + 1] += 64;  // 16384 more
       seal(bad);
       refuse_packed(w, bad.data(), bad.bytes(),
                     "packed weight: the header's sizes do not belong together");
@@ -390,7 +422,7 @@ void test_packed() {
     sk_packed_info info;
     CHECK_FAILS(sk_read_packed_info(good.data(), good.bytes(), nullptr), kInvalid, "info is NULL");
     CHECK_OK(sk_read_packed_info(good.data(), good.bytes(), &info));
-    CHECK(!std::strcmp(info.format, format) && info.n == 21 && info.k == 11 &&
+    CHECK(!std::strcmp(info.format, format) && info.n == 21 && info.k == 75 &&
           info.bytes == good.bytes());
     CHECK_FAILS(sk_unpack(good.data(), good.bytes(), nullptr), kInvalid, "out is NULL");
     Canonical out(w.pattern, w.dtype, w.n, w.k, info.nnzb);

@@ -66,7 +66,7 @@ void test_headers() {
       Matrix y(dtype, 3, w.n);
       const Matrix before(dtype, 3, w.n);
       const bool is_nm = pattern.family == SK_FAMILY_NM;
-      for (const char* format : {"nm", "bsr", "nm_rows16", "bsr_rows", "nm_quads"}) {
+      for (const char* format : kFormats) {
         if (!holds(format, pattern, dtype)) continue;
         const Buffer good = pack(canonical, format);
         for (int round = 0; round < kRoundsEach; ++round) {

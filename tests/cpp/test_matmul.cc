@@ -60,9 +60,8 @@ class Canvas {
   int32_t dtype_ = whole_.dtype();
 };
 
-// The weight in each format that a kernel reads, the C interface's inverses checked on the way.
-std::map<std::string, Buffer> pack_all(const Weight& w,
-                                       const std::vector<sk_kernel_info>& kernels) {
+// The weight in each format that holds it, the C interface's inverses checked on the way.
+std::map<std::string, Buffer> pack_all(const Weight& w) {
   const Canonical canonical = compress(w.dense, w.mask, w.pattern, w.dtype);
   CHECK_OK(sk_validate(&canonical.weight));
   Matrix back(w.dtype, w.n, w.k, 3);
@@ -71,11 +70,11 @@ std::map<std::string, Buffer> pack_all(const Weight& w,
     CHECK(back.get(i / w.k, i % w.k) == w.dense.get(i / w.k, i % w.k));
 
   std::map<std::string, Buffer> packed;
-  for (const sk_kernel_info& kernel : kernels) {
-    if (!reads(kernel, w) || packed.count(kernel.format)) continue;
-    Buffer buffer = pack(canonical, kernel.format);
+  for (const char* format : kFormats) {
+    if (!holds(format, w.pattern, w.dtype)) continue;
+    Buffer buffer = pack(canonical, format);
     CHECK(unpack(buffer) == canonical);
-    packed.emplace(kernel.format, std::move(buffer));
+    packed.emplace(format, std::move(buffer));
   }
   return packed;
 }
@@ -101,7 +100,7 @@ void test_exact(const std::vector<sk_kernel_info>& kernels, std::set<std::string
     for (int32_t dtype : kDtypes) {
       for (const Shape& shape : kShapes) {
         const Weight w(pattern, dtype, shape.n, shape.k, Fill::kIntegers, random);
-        const std::map<std::string, Buffer> packed = pack_all(w, kernels);
+        const std::map<std::string, Buffer> packed = pack_all(w);
         for (size_t i = 0; i < std::size(kRows); ++i) {
           if (!shape.all_rows && i % 4 != turn % 4) continue;
           const int64_t m = kRows[i];
@@ -158,7 +157,7 @@ void test_close(const std::vector<sk_kernel_info>& kernels) {
   for (const sk_pattern& pattern : all_patterns()) {
     for (int32_t dtype : kDtypes) {
       const Weight w(pattern, dtype, 33, 203, Fill::kReals, random);
-      const std::map<std::string, Buffer> packed = pack_all(w, kernels);
+      const std::map<std::string, Buffer> packed = pack_all(w);
       for (int64_t m : {3, 37}) {
         const Inputs in(w, m, Fill::kReals, random, 1);
         const Sums sums(w, in.x);
@@ -203,7 +202,7 @@ void test_not_finite(const std::vector<sk_kernel_info>& kernels) {
   for (int32_t dtype : kDtypes) {
     for (const sk_pattern& pattern : {nm(2, 4), nm(2, 4, 4), bsr(16, 16), bsr(4, 1)}) {
       const Weight w(pattern, dtype, 33, 64, Fill::kIntegers, random);
-      const std::map<std::string, Buffer> packed = pack_all(w, kernels);
+      const std::map<std::string, Buffer> packed = pack_all(w);
       for (int64_t m : {4, 20}) {
         Inputs in(w, m, Fill::kIntegers, random);
         const Sums sums(w, in.x);
@@ -241,7 +240,7 @@ void test_f16_range(const std::vector<sk_kernel_info>& kernels) {
   const double scales[] = {0x1p-24, 3 * 0x1p-24, 0x1p-14, 1 + 0x1p-10, 2049, 32768, 65504};
   for (const sk_pattern& pattern : {nm(2, 4), nm(2, 4, 4), nm(4, 8), bsr(16, 16), bsr(4, 1)}) {
     Weight w(pattern, SK_F16, 33, 16, Fill::kIntegers, random);
-    const std::map<std::string, Buffer> packed = pack_all(w, kernels);
+    const std::map<std::string, Buffer> packed = pack_all(w);
     for (int64_t m : {7, 21}) {
       Inputs in(w, m, Fill::kIntegers, random);
       for (int64_t row = 0; row < m; ++row) {  // one number a row, so that every sum is exact
