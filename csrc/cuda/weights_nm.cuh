@@ -16,21 +16,20 @@ class NmWeights {
  public:
   static constexpr int kStageBytes = kUnits * kUnitBytes;
 
-  SK_DEVICE explicit NmWeights(const MatmulParams& p)
-      : values_(p.weight + p.values_offset),
-        stages_((p.k + kStageColumns - 1) / kStageColumns),
-        units_((p.epilogue.n + 15) / 16) {}
+  SK_DEVICE explicit NmWeights(const MatmulParams& p) : p_(p) {}
 
-  SK_DEVICE int row_tiles() const { return (units_ + kUnits - 1) / kUnits; }
-  SK_DEVICE int stage_start(int row_tile) const { return row_tile * stages_; }
-  SK_DEVICE int row_of(int stage) const { return stage / stages_; }
+  SK_DEVICE int row_tiles() const { return (p_.epilogue.n + Tile::kRows - 1) / Tile::kRows; }
+  SK_DEVICE int stage_start(int row_tile) const { return row_tile * stages(); }
+  SK_DEVICE int row_of(int stage) const { return stage / stages(); }
 
   SK_DEVICE void start_tile(const Work& work) {
 #pragma unroll
     for (int i = 0; i < kUnitsPerWarp; ++i) {
       int unit = work.row_tile * kUnits + ptx::thread_index() / 32 * kUnitsPerWarp + i;
-      if (unit >= units_) unit = units_ - 1;  // past n: any row will do, it is not stored
-      from_[i] = values_ + (int64_t(unit) * stages_ + work.begin) * kUnitBytes + ptx::thread_index() % 32 * 16;
+      const int units = (p_.epilogue.n + 15) / 16;
+      if (unit >= units) unit = units - 1;  // past n: any row will do, it is not stored
+      from_[i] = p_.weight + p_.values_offset + (int64_t(unit) * stages() + work.begin) * kUnitBytes +
+                 ptx::thread_index() % 32 * 16;
     }
   }
   // First column of a chunk of 8 columns of a stage.
@@ -85,8 +84,9 @@ class NmWeights {
     }
   }
 
-  const uint8_t* values_;
-  const int stages_, units_;
+  SK_DEVICE int stages() const { return (p_.k + kStageColumns - 1) / kStageColumns; }
+
+  const MatmulParams& p_;
   const uint8_t* from_[kUnitsPerWarp];
 };
 
