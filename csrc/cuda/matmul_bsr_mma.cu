@@ -1,4 +1,4 @@
-// Block-sparse matmul on tensor cores: its tiles. A kernel's name ends in rows of a block x tokens.
+// Block-sparse matmul on tensor cores. The tiles are in tiles.inc.
 //
 // From here to the instruction: matmul_mma.cuh (the main loop), weights_bsr.cuh (a stage), ptx/ptx.cuh (mma).
 #include "cuda/launch.cuh"
@@ -24,21 +24,12 @@ struct Bsr {
 
 }  // namespace
 
-// Warps along rows and tokens, stages in flight, blocks of an SM.
-#define SK_TILE_OF(dtype, T, rows, tokens, warps_rows, warps_tokens, stages, blocks, about) \
-  extern const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens;            \
-  const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens =                  \
-      cuda::tile_kernel<cuda::Tile<T, rows, tokens, warps_rows, warps_tokens, stages, blocks>, cuda::BsrWeights, Bsr>(about);
-#define SK_TILE(...) SK_TILE_OF(f16, ptx::F16, __VA_ARGS__) SK_TILE_OF(bf16, ptx::BF16, __VA_ARGS__)
-
-SK_TILE(128, 128, 2, 2, 3, 2, "blocks of 128 rows, many tokens")
-SK_TILE(128, 16, 4, 1, 4, 3, "blocks of 128 rows, up to 16 tokens")
-SK_TILE(64, 256, 1, 4, 4, 1, "blocks of 64 rows, many tokens: x is read least often")
-SK_TILE(64, 128, 1, 4, 3, 2, "blocks of 64 rows, many tokens, where a block has 99 KiB of shared memory")
-SK_TILE(64, 16, 4, 1, 4, 4, "blocks of 64 rows, up to 16 tokens")
-SK_TILE(32, 128, 1, 4, 4, 2, "blocks of 32 rows, many tokens")
-SK_TILE(32, 16, 2, 1, 6, 4, "blocks of 32 rows, up to 16 tokens")
-SK_TILE(16, 128, 1, 4, 4, 2, "blocks of 16 rows, many tokens")
-SK_TILE(16, 16, 1, 1, 8, 6, "blocks of 16 rows, up to 16 tokens")
+#define SK_KERNEL(dtype, T, rows, tokens, warps_rows, warps_tokens, stages, blocks, about)         \
+  extern const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens;                 \
+  const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens =                       \
+      cuda::tile_kernel<cuda::Tile<T, rows, tokens, warps_rows, warps_tokens, stages, blocks>, \
+                        cuda::BsrWeights, Bsr>(about);
+#define SK_BSR_TILE(...) SK_KERNEL(f16, ptx::F16, __VA_ARGS__) SK_KERNEL(bf16, ptx::BF16, __VA_ARGS__)
+#include "cuda/tiles.inc"
 
 }  // namespace sk

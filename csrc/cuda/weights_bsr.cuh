@@ -4,13 +4,14 @@
 // only the copy of x knows where.
 #pragma once
 #include "cuda/matmul_mma.cuh"
+#include "layout/bsr_mma.h"
 
 namespace sk::cuda {
 
 // Tile::kRows is the rows of a block.
 template <class Tile>
 class BsrWeights {
-  static constexpr int kSliceBytes = Tile::kRows * 32, kSlices = 4;
+  static constexpr int kSliceBytes = Tile::kRows * 32, kSlices = kStageSlices;
 
  public:
   static constexpr int kStageBytes = kSlices * kSliceBytes;
@@ -75,7 +76,7 @@ class BsrWeights {
   SK_DEVICE static void multiply(uint32_t slot, int warp_row, uint32_t x,
                                  float (&sums)[kRowTiles][kTokenTiles][4]) {
     const int lane = ptx::thread_index() % 32;
-    const uint32_t fragment = slot + uint32_t(warp_row / 16 * 512 + lane * 16);
+    const uint32_t fragment = slot + uint32_t(warp_row / 16 * kMmaTileBytes + lane * 16);
     const uint32_t x_row = x + uint32_t(lane % 8 * 128);
 #pragma unroll
     for (int pair = 0; pair < kSlices / 2; ++pair) {
@@ -84,7 +85,7 @@ class BsrWeights {
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
-          a[s][i] = ptx::load_shared<uint4>(fragment + uint32_t((2 * pair + s) * kSliceBytes + i * 512));
+          a[s][i] = ptx::load_shared<uint4>(fragment + uint32_t((2 * pair + s) * kSliceBytes + i * kMmaTileBytes));
       }
       const uint32_t chunk = uint32_t(((pair * 4 + lane / 8) ^ lane % 8) * 16);
 #pragma unroll

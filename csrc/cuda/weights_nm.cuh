@@ -4,12 +4,13 @@
 // metadata of both in one 32-bit register a lane, which the instruction's selector tells apart.
 #pragma once
 #include "cuda/matmul_mma.cuh"
+#include "layout/nm_mma_sp.h"
 
 namespace sk::cuda {
 
 template <class Tile>
 class NmWeights {
-  static constexpr int kUnitBytes = 1152, kUnits = Tile::kRows / 16;  // units of a tile in one stage
+  static constexpr int kUnitBytes = kSpUnitBytes, kUnits = Tile::kRows / 16;  // units of a tile in one stage
   static constexpr int kUnitsPerWarp = kUnits / (Tile::kThreads / 32);
   static_assert(kUnits % (Tile::kThreads / 32) == 0, "copies come out even");
 
@@ -42,8 +43,8 @@ class NmWeights {
 #pragma unroll
     for (int i = 0; i < kUnitsPerWarp; ++i, to += kUnitBytes) {
       ptx::cp_async_16(to, from_[i]);
-      ptx::cp_async_16(to + 512, from_[i] + 512);
-      if (lane < 8) ptx::cp_async_16(to + 1024, from_[i] + 1024);
+      ptx::cp_async_16(to + kMmaTileBytes, from_[i] + kMmaTileBytes);
+      if (lane < 8) ptx::cp_async_16(to + kSpMetadataOffset, from_[i] + kSpMetadataOffset);
       from_[i] += kUnitBytes;
     }
   }
@@ -58,7 +59,7 @@ class NmWeights {
     uint32_t metadata[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
-      metadata[i] = ptx::load_shared<uint32_t>(unit + uint32_t(i * kUnitBytes + 1024 + lane * 4));
+      metadata[i] = ptx::load_shared<uint32_t>(unit + uint32_t(i * kUnitBytes + kSpMetadataOffset + lane * 4));
     step<0>(unit, x_row, metadata, sums);
     step<1>(unit, x_row, metadata, sums);
   }
@@ -73,7 +74,7 @@ class NmWeights {
     uint4 a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
-      a[i] = ptx::load_shared<uint4>(unit + uint32_t(i * kUnitBytes + kStep * 512 + lane * 16));
+      a[i] = ptx::load_shared<uint4>(unit + uint32_t(i * kUnitBytes + kStep * kMmaTileBytes + lane * 16));
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       uint32_t b[4];
