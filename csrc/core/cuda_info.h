@@ -39,10 +39,12 @@ int cuda_runtime_version();
 // Counters of 4 bytes at the start of a workspace. They are zero before and after every call.
 constexpr int64_t kCudaCounterBytes = 16 << 10;
 
-// What the calls on one stream need beside their tensors: the counters, and for two blocks of every
-// SM a tile of 128 KiB for partial sums.
+// Behind them: partial sums of the tiles that blocks share, two tiles for each block that an SM holds.
+constexpr int64_t kCudaPartBytesPerSm = 256 << 10;
+
+// What the calls on one stream need beside their tensors.
 inline int64_t cuda_workspace_bytes(int sm_count) {
-  return kCudaCounterBytes + sm_count * int64_t{2} * (128 << 10);
+  return kCudaCounterBytes + sm_count * kCudaPartBytesPerSm;
 }
 
 // ---- the parts that need no GPU to be tested ----

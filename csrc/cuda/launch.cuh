@@ -17,7 +17,7 @@ struct TileKernel {
 
   static constexpr TileShape kShape = {Tile::kRows,        Tile::kTokens,  Tile::kBlocksPerSm,
                                        Shared::kSlotBytes, Shared::kBytes, Family::kMacsPerClock};
-  static_assert(2 * Tile::kBlocksPerSm * Tile::kRows * Tile::kTokens * 4 <= (256 << 10),
+  static_assert(2 * Tile::kBlocksPerSm * Tile::kRows * Tile::kTokens * 4 <= kCudaPartBytesPerSm,
                 "parts of tiles fit into the workspace");
 
   static std::string refusal(const Problem& p) {
