@@ -57,6 +57,12 @@ inline Plan plan(const TileShape& tile, const Stages& stages, int64_t m, const C
   return p;
 }
 
+// Of the tensor cores with float32 sums, per SM and clock: half on GeForce and its kin; what Hopper gives to mma.
+inline double tensor_rate(int compute_capability) {
+  if (compute_capability == 86 || compute_capability == 89 || compute_capability / 10 == 12) return 0.5;
+  return compute_capability == 90 ? 1.25 : 1;
+}
+
 // Microseconds, roughly. A stage takes as long as the slowest of multiplying, of filling shared memory from L2
 // and of the waits that co-resident blocks hide from each other; the whole at least as long as memory.
 inline double cost_us(const TileShape& tile, const Stages& stages, int64_t m, int64_t weight_bytes, int64_t n,
@@ -66,7 +72,8 @@ inline double cost_us(const TileShape& tile, const Stages& stages, int64_t m, in
   const double tiles = double(stages.row_tiles) * p.token_tiles;
   const double stages_of_tile = double(stages.all) / double(stages.row_tiles);
   const double resident = std::max(1, blocks_per_sm(tile, device));
-  const double stage = std::max({double(tile.rows) * tile.tokens * kStageColumns / tile.macs_per_clock,
+  const double stage = std::max({double(tile.rows) * tile.tokens * kStageColumns /
+                                     (tile.macs_per_clock * tensor_rate(device.compute_capability)),
                                  double(tile.slot_bytes) / l2_bytes_per_clock, wait / resident});
   const double whole = std::ceil(double(p.whole_tiles) / p.blocks) * p.blocks;  // idle blocks count, too
   const double shared = tiles - p.whole_tiles;
@@ -77,7 +84,9 @@ inline double cost_us(const TileShape& tile, const Stages& stages, int64_t m, in
   const double launches = std::ceil(double(m) / double(p.tokens));
   const double bytes = double(weight_bytes) + 2.0 * double(m) * double(n + k);
   const double memory_us = device.bandwidth ? bytes / double(device.bandwidth) * 1e6 : 0;
-  return launches * launch_us + std::max(launches * clocks / clocks_per_us, memory_us);
+  const double work_us = launches * clocks / clocks_per_us;
+  // What takes less time still disturbs the other a little; it decides between equals.
+  return launches * launch_us + std::max(work_us, memory_us) + 0.1 * std::min(work_us, memory_us);
 }
 
 }  // namespace sk::cuda
