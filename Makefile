@@ -112,7 +112,8 @@ sanitize: $(VENV)/.tools
 	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
 	$(call CTEST,tsan)
 
-CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h')
+CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h' \
+              'tests/simt/*.cc' 'tests/simt/*.h' 'tests/simt/*.cuh')
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .
