@@ -17,10 +17,11 @@ inline int64_t sp_grid(int64_t n, int64_t k) {
   return (n + kMmaRows - 1) / kMmaRows * ((k + kSpBlockColumns - 1) / kSpBlockColumns);
 }
 
-// Which elements are kept.
+// Which elements are kept. sparsekit.pack(w) without a mask is kNonZero and, where that does not fit,
+// kMagnitude; the two differ in the sign of zeros alone on a weight that fits.
 enum class SpMask {
   kGiven,     // those where the mask is not zero
-  kNonZero,   // those that are not zero, as -0.0 is: what a pruned weight holds
+  kNonZero,   // those that are not zero; -0.0 is zero
   kMagnitude  // in each group the two largest, of equals the first: sparsekit.mask(w, "2:4")
 };
 
