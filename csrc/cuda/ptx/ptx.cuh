@@ -37,6 +37,9 @@ SK_DEVICE void sync_warp() { __syncwarp(); }
 // 9.7.13.4 membar/fence: what this thread wrote or saw comes before what it writes next, for the whole GPU.
 SK_DEVICE void fence_gpu() { __threadfence(); }
 SK_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+SK_DEVICE uint64_t atomic_min(uint64_t* address, uint64_t value) {
+  return atomicMin(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
 SK_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }

@@ -142,6 +142,16 @@ SK_DEVICE int atomic_add(int* address, int value, SK_PLACE) {
   detail::machine().may_switch(thread);
   return old;
 }
+SK_DEVICE uint64_t atomic_min(uint64_t* address, uint64_t value, SK_PLACE) {
+  simt::Thread& thread = detail::machine().begin(simt::Op::kAtomicMin, place);
+  detail::machine().log(thread, simt::Space::kNone, 0, 0);
+  uint64_t old;
+  std::memcpy(&old, detail::global().read(thread, address, 8, 8, false), 8);
+  const uint64_t least = value < old ? value : old;
+  std::memcpy(detail::global().write(thread, address, 8), &least, 8);
+  detail::machine().may_switch(thread);
+  return old;
+}
 SK_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask, SK_PLACE) {
   return detail::shuffle(value, (thread_index() ^ lane_mask) & (simt::kLanes - 1), place);
 }
