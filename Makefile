@@ -27,6 +27,8 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 REGIMES_ARGS ?=
 MODELS_ARGS ?=
+# GPUs that development builds compile for: native, a list such as "80;90", or all (minutes). Wheels get all.
+CUDA_ARCHITECTURES ?= 80
 PEERS_PYTHON ?= python3.11
 
 BIN := $(VENV)/bin
@@ -49,9 +51,11 @@ $(VENV)/.tools: constraints.txt
 	@command -v ninja >/dev/null || $(PIP) install --quiet ninja
 	touch $@
 
+CUDA_FOR = --config-settings='cmake.define.SPARSEKIT_CUDA_ARCHITECTURES=$(1)'
+
 # $(VENV)/.extra-<name>: the package, editable, with one of its extras. Rebuilds what changed.
 $(VENV)/.extra-%: $(VENV)/.tools pyproject.toml $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	$(PIP) install --quiet --no-build-isolation $(call CUDA_FOR,$(CUDA_ARCHITECTURES)) --editable '.[$*]'
 	touch $@
 
 dev: $(VENV)/.extra-dev
@@ -90,7 +94,8 @@ test-python: $(VENV)/.extra-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
-CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON
+CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON \
+  '-DSPARSEKIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
 
 test-cpp: $(VENV)/.tools
 	$(call CONFIGURE,cpp)
@@ -137,7 +142,7 @@ docs: $(VENV)/.extra-docs
 
 wheel: $(VENV)/.tools
 	rm -rf dist
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,all) --wheel-dir dist .
 
 clean:
 	rm -rf build dist docs/_build
