@@ -3,6 +3,7 @@
 #
 #   make demo        build, then prune, convert and measure a real model   (DEMO_ARGS=--quick: short form)
 #   make test        all tests: pytest (TEST_ARGS=...) and the C++ programs
+#   make simt        the CUDA sources on the emulator that runs them without a GPU
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
@@ -18,7 +19,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp test-aarch64 bench regimes models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 bench regimes models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -100,6 +101,10 @@ CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARS
 test-cpp: $(VENV)/.tools
 	$(call CONFIGURE,cpp)
 	$(call CTEST,cpp)
+
+simt: $(VENV)/.tools
+	$(call CONFIGURE,cpp)
+	$(call CTEST,cpp) -R simt
 
 # Once with every feature that the emulator has and once as a CPU without bf16. The first run compares
 # every kernel with its reference, those for NEON too; the second one looks at the choice among them.

@@ -156,7 +156,6 @@ class Machine {
   bool join_collective(Thread& thread);
   void wake(Warp& warp, uint32_t lanes);
   static void advance(const Thread& thread, uint32_t& epoch);
-  // What the block's threads do that cannot run: "threads 0 to 31 wait in sync_block at ..."
   std::string waiting_text(const Block& block) const;
   void report_deadlock();
 
