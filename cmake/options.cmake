@@ -1,4 +1,4 @@
-# Options, compiler defaults, and the facts `sparsekit doctor` reports about the build.
+# Options and compiler defaults.
 
 set(built_by_pip OFF)
 if(SKBUILD)
@@ -12,17 +12,15 @@ set(SPARSEKIT_TENSORRT OFF CACHE STRING "TensorRT plugins: AUTO, ON or OFF")
 set(SPARSEKIT_SANITIZE "" CACHE STRING "Sanitizers of the C++ tests: address, undefined, thread (;-list)")
 
 foreach(part CUDA TENSORRT)
-  set(value ${SPARSEKIT_${part}})
   set_property(CACHE SPARSEKIT_${part} PROPERTY STRINGS AUTO ON OFF)
-  if(NOT value MATCHES "^(AUTO|ON|OFF)$")
-    message(FATAL_ERROR "SPARSEKIT_${part} is '${value}'; expected AUTO, ON or OFF.")
+  if(NOT SPARSEKIT_${part} MATCHES "^(AUTO|ON|OFF)$")
+    message(FATAL_ERROR "SPARSEKIT_${part} is '${SPARSEKIT_${part}}'; expected AUTO, ON or OFF.")
   endif()
-  if(value STREQUAL "ON")
-    message(FATAL_ERROR "SPARSEKIT_${part}=ON: version ${PROJECT_VERSION} has CPU kernels only and no "
-                        "${part} sources to build; use AUTO or OFF.")
-  endif()
-  message(STATUS "sparsekit: ${part} ${value}: not part of version ${PROJECT_VERSION}, building for the CPU only")
 endforeach()
+if(SPARSEKIT_TENSORRT STREQUAL "ON")
+  message(FATAL_ERROR "SPARSEKIT_TENSORRT=ON: version ${PROJECT_VERSION} has no TensorRT sources to build; "
+                      "use AUTO or OFF.")
+endif()
 
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
@@ -33,18 +31,12 @@ set(CMAKE_CXX_VISIBILITY_PRESET hidden)
 set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 
-add_compile_options(-Wall -Wextra)
+add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>")
 if(SPARSEKIT_WERROR)
-  add_compile_options(-Werror)
+  add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Werror>")
 endif()
 if(SPARSEKIT_SANITIZE)
   list(JOIN SPARSEKIT_SANITIZE "," sanitizers)
   add_compile_options(-fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
   add_link_options(-fsanitize=${sanitizers})
 endif()
-
-set(SPARSEKIT_BUILD_INFO
-    SPARSEKIT_VERSION="${PROJECT_VERSION}"
-    SPARSEKIT_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
-    SPARSEKIT_BUILD_TYPE="${CMAKE_BUILD_TYPE}"
-    SPARSEKIT_BUILD_OPTIONS="cuda=off tensorrt=off")

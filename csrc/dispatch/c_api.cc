@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/cpu_info.h"
+#include "core/cuda_info.h"
 #include "core/error.h"
 #include "dispatch/registry.h"
 #include "layout/format.h"
@@ -132,15 +133,24 @@ sk_status sk_get_kernel(int32_t index, sk_kernel_info* info) {
     const sk::Kernel& k = sk::kernels()[size_t(index)];
     thread_local std::string reason;  // valid until the thread's next call
     reason = k.available() ? k.functions->about : k.unavailable_reason();
-    deref(info, "info") = {k.name, k.op,      k.format,      k.dtype,
-                           k.arch, k.variant, k.available(), reason.c_str()};
+    deref(info, "info") = {k.name,        k.op,           k.format,
+                           k.dtype,       k.arch,         k.variant,
+                           k.available(), reason.c_str(), k.where.device_type};
   });
 }
 
 sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern, int32_t dtype,
                      int64_t m, int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
+  return sk_explain_on(SK_CPU, 0, op, format, pattern, dtype, m, n, k, num_threads, out);
+}
+
+sk_status sk_explain_on(int32_t device_type, int32_t device_index, const char* op,
+                        const char* format, const sk_pattern* pattern, int32_t dtype, int64_t m,
+                        int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
   return guard([&] {
     sk::Problem problem;
+    SK_REQUIRE(device_type == SK_CPU || device_type == SK_CUDA,
+               "explain: expected device_type cpu (0) or cuda (1), got ", device_type);
     problem.op = &deref(op, "op");
     problem.format = sk::find_format(format);
     problem.pattern = deref(pattern, "pattern");
@@ -149,6 +159,10 @@ sk_status sk_explain(const char* op, const char* format, const sk_pattern* patte
     problem.threads = num_threads > 0 ? num_threads : sk::cpu_info().cores;
     sk::geometry(problem.pattern, dtype, n, k);
     SK_REQUIRE(m >= 0, "explain: expected m >= 0, got ", m);
+    problem.device_type = device_type;
+    // Without any GPU, that is each kernel's reason.
+    if (device_type == SK_CUDA && !sk::cuda_devices().empty())
+      problem.gpu = &sk::cuda_device(device_index);
     const auto answers = sk::explain(problem);
     std::copy(answers.begin(), answers.end(), &deref(out, "out"));
   });
@@ -167,6 +181,30 @@ sk_status sk_get_cpu_info(sk_cpu_info* info) {
     out.l1d_bytes = cpu.l1d_bytes;
     out.l2_bytes = cpu.l2_bytes;
     out.l3_bytes = cpu.l3_bytes;
+  });
+}
+
+sk_status sk_cuda_device_count(int32_t* count) {
+  return guard([&] { deref(count, "count") = int32_t(sk::cuda_devices().size()); });
+}
+
+sk_status sk_get_cuda_info(int32_t device, sk_cuda_info* info) {
+  return guard([&] {
+    sk_cuda_info& out = deref(info, "info");
+    const sk::CudaDevice& gpu = sk::cuda_device(device);
+    out = {};
+    copy_text(out.name, sizeof out.name, gpu.name);
+    out.major = gpu.compute_capability / 10;
+    out.minor = gpu.compute_capability % 10;
+    out.sm_count = gpu.sm_count;
+    out.shared_bytes_per_block = gpu.shared_per_block;
+    out.shared_bytes_per_sm = gpu.shared_per_sm;
+    out.l2_bytes = gpu.l2_bytes;
+    out.memory_bytes = gpu.memory_bytes;
+    out.bandwidth = gpu.bandwidth;
+    out.driver_version = sk::cuda_driver_version();
+    out.runtime_version = sk::cuda_runtime_version();
+    out.workspace_bytes = sk::cuda_workspace_bytes(gpu.sm_count);
   });
 }
 

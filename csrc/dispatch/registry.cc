@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/dtype.h"
+#include "dispatch/matmul_cuda.h"
 
 namespace sk {
 
@@ -13,27 +15,36 @@ namespace sk {
 
 namespace {
 
-bool reads(const Kernel& kernel, int format_id) {
-  const Format& f = format(format_id);
-  return std::strcmp(f.name, kernel.format) == 0 || std::strcmp(f.extends, kernel.format) == 0;
-}
-
 // Does the kernel's line in the registry fit? Its own refusal comes after. No text: every call asks
-// this.
+// this of every kernel.
 bool line_fits(const Kernel& kernel, const Problem& p) {
-  return kernel.available() && p.op == kernel.op && reads(kernel, p.format) &&
-         std::strcmp(dtype_name(p.dtype), kernel.dtype) == 0;
+  if (kernel.where.device_type != p.device_type || kernel.dtype_code != p.dtype ||
+      !kernel.reads(p.format))
+    return false;
+  const bool runs = p.device_type == SK_CPU ? kernel.where.isa <= cpu_info().isa
+                                            : p.gpu && kernel.where.runs_on(*p.gpu);
+  return runs && p.op == kernel.op;
 }
 
 // Why the kernel cannot take the problem, or "".
 std::string why_not(const Kernel& kernel, const Problem& p) {
-  if (!kernel.available()) return kernel.unavailable_reason();
+  if (kernel.where.device_type != p.device_type) {
+    return p.device_type == SK_CPU ? "runs on a GPU, the problem is on the CPU"
+                                   : "runs on the CPU, the problem is on a GPU";
+  }
+  if (p.device_type == SK_CPU) {
+    if (!kernel.available()) return kernel.unavailable_reason();
+  } else if (!p.gpu) {
+    return cuda_unavailable_reason();
+  } else if (!kernel.where.runs_on(*p.gpu)) {
+    return kernel.where.why_not_on(*p.gpu);
+  }
   if (p.op != kernel.op) return concat("does ", kernel.op, ", not ", p.op);
-  if (!reads(kernel, p.format)) {
+  if (!kernel.reads(p.format)) {
     return concat("reads format ", kernel.format, ", the weight is packed as ",
                   format(p.format).name);
   }
-  if (std::strcmp(dtype_name(p.dtype), kernel.dtype) != 0) {
+  if (kernel.dtype_code != p.dtype) {
     return concat("computes ", kernel.dtype, ", the problem is ", dtype_name(p.dtype));
   }
   return kernel.functions->refusal(p);
@@ -50,83 +61,34 @@ const Kernel* cheapest(const Problem& problem) {
   return best;
 }
 
-}  // namespace
-
-double Problem::kept_share() const {
-  if (density > 0) return density;
-  return pattern.family == SK_FAMILY_NM ? double(pattern.kept) / pattern.group : 0.25;
+// "cuda" or "cuda:<index>" to the GPU to decide for; null for another target.
+const CudaDevice* gpu_of_target(const std::string& target) {
+  if (target == "cuda")
+    return cuda_devices().empty() ? &nominal_cuda_device() : &cuda_devices().front();
+  const bool numbered = target.size() > 5 && target.size() < 10 && target.rfind("cuda:", 0) == 0 &&
+                        target.find_first_not_of("0123456789", 5) == std::string::npos;
+  return numbered ? &cuda_device(std::atoi(target.c_str() + 5)) : nullptr;
 }
 
-std::string Problem::describe() const {
-  return concat(op, " ", pattern_name(pattern), " ", dtype_name(dtype), " m=", m, " n=", n,
-                " k=", k, " packed as ", sk::format(format).name);
-}
-
-std::string Kernel::unavailable_reason() const {
-  if (available()) return "";
-  const CpuInfo& cpu = cpu_info();
-  if (isa <= cpu.detected)
-    return concat("needs ", arch, ", SPARSEKIT_ISA allows ", isa_name(cpu.isa));
-  return concat("needs ", arch, ", this CPU has ", isa_name(cpu.detected));
-}
-
-const std::vector<Kernel>& kernels() {
-  static const std::vector<Kernel> table = [] {
-    std::vector<Kernel> list;
-#define SK_ENTRY(id, op, format, dtype, arch, variant) \
-  list.push_back({ #id, op, format, dtype, arch, variant, find_isa(arch).value(), &id });
-#include "dispatch/kernels.inc"
-    return list;
-  }();
-  return table;
-}
-
-const Kernel& select(const Problem& problem, const char* force) {
-  const std::string forced = force && *force ? force : forced_kernel();
-  if (!forced.empty()) {
-    for (const Kernel& kernel : kernels()) {
-      if (forced != kernel.name) continue;
-      const std::string refusal = why_not(kernel, problem);
-      SK_CHECK(refusal.empty(), SK_UNSUPPORTED, "kernel ", forced, " cannot run ",
-               problem.describe(), ": ", refusal);
-      return kernel;
-    }
-    throw Error(SK_INVALID_ARGUMENT,
-                concat("kernel: no kernel is called '", forced, "'; sparsekit kernels lists them"));
+// Why no kernel on a GPU takes the pattern in any format: one line for each kernel.
+std::string refusals_of_pattern(Problem problem) {
+  std::string text;
+  for (const Kernel& kernel : kernels()) {
+    if (kernel.where.device_type != SK_CUDA) continue;
+    problem.format = find_format(kernel.format);
+    const bool computes = kernel.dtype_code == problem.dtype;
+    const bool holds = format(problem.format).fits(problem.pattern, problem.dtype);
+    text +=
+        concat("\n  ", kernel.name, ": ",
+               computes && !holds ? concat("format ", kernel.format, " does not hold the pattern")
+                                  : why_not(kernel, problem));
   }
-  const Kernel* best = cheapest(problem);
-  if (best) return *best;
-  std::string refusals;
-  for (const Kernel& kernel : kernels())
-    refusals += concat("\n  ", kernel.name, ": ", why_not(kernel, problem));
-  throw Error(SK_UNSUPPORTED, concat("no kernel can run ", problem.describe(), " here:", refusals));
+  return text.empty() ? " this build has no CUDA kernels; rebuild with nvcc and SPARSEKIT_CUDA=ON"
+                      : text;
 }
 
-int default_format(const sk_pattern& pattern, int dtype, const std::string& target) {
-  SK_REQUIRE(target == "auto" || target == "cpu" || target == "reference",
-             "target: expected 'auto', 'cpu' or 'reference', got '", target, "'");
-  const int canonical = pattern.family == SK_FAMILY_NM ? kNm : kBsr;
-  if (target == "reference") return canonical;
-  Problem problem;
-  problem.pattern = pattern;
-  problem.dtype = dtype;
-  problem.m = 256, problem.n = problem.k = 1024;  // any size that fills a machine will do
-  int best = canonical;
-  double best_cost = HUGE_VAL;
-  for (int id = 0; id < kFormatCount; ++id) {
-    if (!format(id).fits(pattern, dtype)) continue;
-    problem.format = id;
-    const Kernel* kernel = cheapest(problem);
-    if (!kernel) continue;
-    if (const double cost = kernel->functions->cost_us(problem); cost < best_cost)
-      best = id, best_cost = cost;
-  }
-  return best;
-}
-
-void matmul(const sk_matmul_args& a, const char* force) {
-  const PackedWeight weight = open_packed(a.weight, a.weight_bytes);
-  const PackedHeader& h = *weight.header;
+// What must fit the packed weight, whatever the device.
+void check_arguments(const sk_matmul_args& a, const PackedHeader& h) {
   SK_REQUIRE(a.n == h.n, "matmul: y has n=", a.n, ", the packed weight has n=", h.n);
   SK_REQUIRE(a.k == h.k, "matmul: x has k=", a.k, ", the packed weight has k=", h.k,
              "; pass x[..., :", h.k, "] or repack");
@@ -147,6 +109,161 @@ void matmul(const sk_matmul_args& a, const char* force) {
     check_stride("y", a.y_row_stride, a.n);
     if (a.residual) check_stride("residual", a.residual_row_stride, a.n);
   }
+}
+
+}  // namespace
+
+double Problem::kept_share() const {
+  if (density > 0) return density;
+  return pattern.family == SK_FAMILY_NM ? double(pattern.kept) / pattern.group : 0.25;
+}
+
+std::string Problem::describe() const {
+  return concat(op, " ", pattern_name(pattern), " ", dtype_name(dtype), " m=", m, " n=", n,
+                " k=", k, " packed as ", sk::format(format).name);
+}
+
+Arch::Arch(const char* name) {
+  if (std::strncmp(name, "sm", 2) != 0) {
+    isa = find_isa(name).value();
+    return;
+  }
+  device_type = SK_CUDA;
+  compute_capability = std::atoi(name + 2);
+  exact = name[std::strlen(name) - 1] == 'a';
+}
+
+bool Arch::runs_on(const CudaDevice& gpu) const {
+  return gpu.has_code && (exact ? gpu.compute_capability == compute_capability
+                                : gpu.compute_capability >= compute_capability);
+}
+
+std::string Arch::why_not_on(const CudaDevice& gpu) const {
+  if (runs_on(gpu)) return "";
+  const std::string has = concat("device ", gpu.index, " (", gpu.name, ") has compute capability ",
+                                 capability_name(gpu.compute_capability));
+  if (exact ? gpu.compute_capability != compute_capability
+            : gpu.compute_capability < compute_capability) {
+    return concat("needs a GPU of compute capability ", capability_name(compute_capability),
+                  exact ? "" : " or later", ", ", has);
+  }
+  return concat("this build has no code for compute capability ",
+                capability_name(gpu.compute_capability),
+                "; rebuild with SPARSEKIT_CUDA_ARCHITECTURES=", gpu.compute_capability);
+}
+
+Kernel::Kernel(const char* name_, const char* op_, const char* format_, const char* dtype_,
+               const char* arch_, const char* variant_, const KernelFunctions* functions_)
+    : name(name_),
+      op(op_),
+      format(format_),
+      dtype(dtype_),
+      arch(arch_),
+      variant(variant_),
+      functions(functions_),
+      where(arch_),
+      dtype_code(-1),
+      formats(0) {
+  for (int code : {SK_F32, SK_BF16, SK_F16}) {
+    if (std::strcmp(dtype_name(code), dtype) == 0) dtype_code = code;
+  }
+  for (int id = 0; id < kFormatCount; ++id) {
+    const Format& f = sk::format(id);
+    if (std::strcmp(f.name, format) == 0 || std::strcmp(f.extends, format) == 0)
+      formats |= 1u << id;
+  }
+}
+
+bool Kernel::available() const {
+  if (where.device_type == SK_CPU) return where.isa <= cpu_info().isa;
+  const std::vector<CudaDevice>& gpus = cuda_devices();
+  return std::any_of(gpus.begin(), gpus.end(),
+                     [&](const CudaDevice& gpu) { return where.runs_on(gpu); });
+}
+
+std::string Kernel::unavailable_reason() const {
+  if (available()) return "";
+  if (where.device_type == SK_CUDA) {
+    return cuda_devices().empty() ? cuda_unavailable_reason()
+                                  : where.why_not_on(cuda_devices().front());
+  }
+  const CpuInfo& cpu = cpu_info();
+  if (where.isa <= cpu.detected)
+    return concat("needs ", arch, ", SPARSEKIT_ISA allows ", isa_name(cpu.isa));
+  return concat("needs ", arch, ", this CPU has ", isa_name(cpu.detected));
+}
+
+const std::vector<Kernel>& kernels() {
+  static const std::vector<Kernel> table = [] {
+    std::vector<Kernel> list;
+#define SK_ENTRY(id, op, format, dtype, arch, variant) \
+  list.emplace_back(#id, op, format, dtype, arch, variant, &id);
+#include "dispatch/kernels.inc"
+    return list;
+  }();
+  return table;
+}
+
+const Kernel& select(const Problem& problem, const char* force) {
+  const char* forced = force && *force ? force : forced_kernel().c_str();
+  if (*forced) {
+    for (const Kernel& kernel : kernels()) {
+      if (std::strcmp(forced, kernel.name) != 0) continue;
+      const std::string refusal = why_not(kernel, problem);
+      SK_CHECK(refusal.empty(), SK_UNSUPPORTED, "kernel ", forced, " cannot run ",
+               problem.describe(), ": ", refusal);
+      return kernel;
+    }
+    throw Error(SK_INVALID_ARGUMENT,
+                concat("kernel: no kernel is called '", forced, "'; sparsekit kernels lists them"));
+  }
+  const Kernel* best = cheapest(problem);
+  if (best) return *best;
+  std::string refusals;
+  for (const Kernel& kernel : kernels()) {
+    if (kernel.where.device_type == problem.device_type)
+      refusals += concat("\n  ", kernel.name, ": ", why_not(kernel, problem));
+  }
+  throw Error(SK_UNSUPPORTED, concat("no kernel can run ", problem.describe(), " here:", refusals));
+}
+
+int default_format(const sk_pattern& pattern, int dtype, const std::string& target) {
+  Problem problem;
+  problem.gpu = gpu_of_target(target);
+  SK_REQUIRE(problem.gpu || target == "auto" || target == "cpu" || target == "reference",
+             "target: expected 'auto', 'cpu', 'cuda', 'cuda:<device>' or 'reference', got '",
+             target, "'");
+  const int canonical = pattern.family == SK_FAMILY_NM ? kNm : kBsr;
+  if (target == "reference") return canonical;
+  problem.pattern = pattern;
+  problem.dtype = dtype;
+  problem.m = 256, problem.n = problem.k = 1024;  // any size that fills a machine will do
+  problem.device_type = problem.gpu ? SK_CUDA : SK_CPU;
+  int best = -1;
+  double best_cost = HUGE_VAL;
+  for (int id = 0; id < kFormatCount; ++id) {
+    if (!format(id).fits(pattern, dtype)) continue;
+    problem.format = id;
+    const Kernel* kernel = cheapest(problem);
+    if (!kernel) continue;
+    if (const double cost = kernel->functions->cost_us(problem); cost < best_cost)
+      best = id, best_cost = cost;
+  }
+  if (best >= 0) return best;
+  SK_CHECK(!problem.gpu, SK_UNSUPPORTED, "pack: no kernel on a GPU takes ", pattern_name(pattern),
+           " in ", dtype_name(dtype), ":", refusals_of_pattern(problem));
+  return canonical;
+}
+
+void matmul(const sk_matmul_args& a, const char* force) {
+  SK_REQUIRE(a.device_type == SK_CPU || a.device_type == SK_CUDA,
+             "matmul: expected device_type cpu (0) or cuda (1), got ", a.device_type);
+  const bool on_gpu = a.device_type == SK_CUDA;
+  PackedHeader copy;  // of a weight on a GPU
+  const PackedWeight weight = on_gpu ? open_on_gpu(a, copy) : open_packed(a.weight, a.weight_bytes);
+  const PackedHeader& h = *weight.header;
+  check_arguments(a, h);
+  if (a.m == 0) return;
   Problem problem;
   problem.format = h.format;
   problem.pattern = h.pattern;
@@ -158,9 +275,36 @@ void matmul(const sk_matmul_args& a, const char* force) {
         double(h.nnzb) * h.pattern.block_rows * h.pattern.block_cols / (double(h.n) * double(h.k)) +
         1e-9;
   }
-  select(problem, force)
-      .functions->run({weight, a.m, a.n, a.k, a.dtype, a.x, a.x_row_stride, a.y, a.y_row_stride,
-                       a.bias, a.residual, a.residual_row_stride, a.activation, problem.threads});
+  if (on_gpu) {
+    check_addresses(a);
+    problem.device_type = SK_CUDA;
+    problem.gpu = &cuda_device(a.device_index);
+    check_workspace(a, *problem.gpu);
+  }
+  const Kernel& kernel = select(problem, force);
+  const MatmulCall call{weight,
+                        a.m,
+                        a.n,
+                        a.k,
+                        a.dtype,
+                        a.x,
+                        a.x_row_stride,
+                        a.y,
+                        a.y_row_stride,
+                        a.bias,
+                        a.residual,
+                        a.residual_row_stride,
+                        a.activation,
+                        problem.threads,
+                        problem.gpu,
+                        a.stream,
+                        a.workspace,
+                        a.workspace_bytes};
+  if (on_gpu) {
+    run_on_gpu(kernel, call);
+  } else {
+    kernel.functions->run(call);
+  }
 }
 
 std::vector<sk_candidate> explain(const Problem& problem) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/cpu_info.h"
+#include "core/cuda_info.h"
 #include "layout/format.h"
 #include "sparsekit/sparsekit.h"
 
@@ -18,12 +19,15 @@ struct Problem {
   int64_t m = 1, n = 1, k = 1;
   int threads = 1;
   double density = 0;  // kept share of W; 0: what the pattern says (N:M), or a quarter (blocks)
+  int device_type = SK_CPU;
+  const CudaDevice* gpu = nullptr;  // SK_CUDA; null: there is none, and no kernel is asked
 
   double kept_share() const;
   std::string describe() const;
 };
 
-// A checked call: addresses, and the opened weight.
+// A checked call: addresses, and the opened weight. On a GPU every address but the header's is the
+// device's.
 struct MatmulCall {
   PackedWeight weight;
   int64_t m, n, k;
@@ -37,6 +41,10 @@ struct MatmulCall {
   int64_t residual_row_stride;
   int activation;
   int threads;
+  const CudaDevice* gpu;  // null: on the CPU
+  void* stream;           // cudaStream_t
+  void* workspace;        // at least cuda_workspace_bytes(gpu->sm_count)
+  int64_t workspace_bytes;
 };
 
 // What a kernel's file provides.
@@ -48,12 +56,31 @@ struct KernelFunctions {
   const char* about;
 };
 
+// Where a kernel runs, from the last part of its name: an instruction set of this CPU, or "sm80", any
+// GPU of compute capability 8.0 or later; "sm90a" is 9.0 and no other.
+struct Arch {
+  int device_type = SK_CPU;
+  Isa isa = Isa::kScalar;
+  int compute_capability = 0;
+  bool exact = false;
+
+  explicit Arch(const char* name);
+  bool runs_on(const CudaDevice& gpu) const;
+  std::string why_not_on(const CudaDevice& gpu) const;
+};
+
 struct Kernel {
   const char *name, *op, *format, *dtype, *arch, *variant;
-  Isa isa;
   const KernelFunctions* functions;
+  Arch where;
+  int dtype_code;
+  uint32_t formats;  // bit per FormatId that it reads: its own, and those that extend it
 
-  bool available() const { return isa <= cpu_info().isa; }
+  Kernel(const char* name, const char* op, const char* format, const char* dtype, const char* arch,
+         const char* variant, const KernelFunctions* functions);
+  bool reads(int format_id) const { return formats >> format_id & 1; }
+  // On this machine: the CPU, or any of its GPUs.
+  bool available() const;
   std::string unavailable_reason() const;
 };
 
@@ -62,7 +89,8 @@ const std::vector<Kernel>& kernels();
 // The kernel named by `force`, by SPARSEKIT_KERNEL, or the cheapest that can run the problem.
 const Kernel& select(const Problem& problem, const char* force);
 
-// The format whose best kernel is the cheapest on this machine for many rows.
+// The format whose best kernel is the cheapest on this machine for many rows. "cuda" on a machine
+// without a GPU decides for nominal_cuda_device().
 int default_format(const sk_pattern& pattern, int dtype, const std::string& target);
 
 void matmul(const sk_matmul_args& args, const char* force);

@@ -75,26 +75,30 @@ void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes) {
   format(format_id).pack(weight, header, static_cast<uint8_t*>(buffer));
 }
 
+void check_header(const PackedHeader& header, int64_t bytes) {
+  SK_REQUIRE(header.magic == kPackedMagic,
+             "packed weight: not a buffer written by sk_pack of this version");
+  SK_REQUIRE(header.checksum == checksum(header),
+             "packed weight: the header is damaged; pack the weight again");
+  SK_REQUIRE(header.format >= 0 && header.format < kFormatCount, "packed weight: unknown format ",
+             header.format);
+  const Format& f = format(header.format);
+  SK_REQUIRE(f.fits(header.pattern, header.dtype), "packed weight: format ", f.name,
+             " with the wrong pattern");
+  PackedHeader expected = header;
+  if (f.family == SK_FAMILY_NM) expected.nnzb = 0;
+  f.layout(expected);
+  SK_REQUIRE(std::memcmp(&expected, &header, sizeof expected) == 0 && header.bytes <= bytes,
+             "packed weight: the header's sizes do not belong together or the buffer is cut at ",
+             bytes, " bytes");
+}
+
 PackedWeight open_packed(const void* buffer, int64_t bytes) {
   SK_REQUIRE(buffer && reinterpret_cast<uintptr_t>(buffer) % kAlignment == 0,
              "packed weight: expected a buffer aligned to ", kAlignment, " bytes");
   SK_REQUIRE(bytes >= kHeaderBytes, "packed weight: ", bytes, " bytes are too few for a header");
   const auto* header = static_cast<const PackedHeader*>(buffer);
-  SK_REQUIRE(header->magic == kPackedMagic,
-             "packed weight: not a buffer written by sk_pack of this version");
-  SK_REQUIRE(header->checksum == checksum(*header),
-             "packed weight: the header is damaged; pack the weight again");
-  SK_REQUIRE(header->format >= 0 && header->format < kFormatCount, "packed weight: unknown format ",
-             header->format);
-  const Format& f = format(header->format);
-  SK_REQUIRE(f.fits(header->pattern, header->dtype), "packed weight: format ", f.name,
-             " with the wrong pattern");
-  PackedHeader expected = *header;
-  if (f.family == SK_FAMILY_NM) expected.nnzb = 0;
-  f.layout(expected);
-  SK_REQUIRE(std::memcmp(&expected, header, sizeof expected) == 0 && header->bytes <= bytes,
-             "packed weight: the header's sizes do not belong together or the buffer is cut at ",
-             bytes, " bytes");
+  check_header(*header, bytes);
   return {header, static_cast<const uint8_t*>(buffer)};
 }
 

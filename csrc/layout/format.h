@@ -24,12 +24,12 @@ struct PackedHeader {
   uint64_t checksum;                                    // of all before it
 };
 static_assert(sizeof(PackedHeader) == 104, "no padding: headers are compared and summed as bytes");
-constexpr int64_t kHeaderBytes = 128;
+constexpr int64_t kHeaderBytes = SK_HEADER_BYTES;
 
 // A packed buffer whose header has been checked.
 struct PackedWeight {
   const PackedHeader* header;
-  const uint8_t* base;
+  const uint8_t* base;  // CUDA: on the device, while the header is a copy on the host
 
   template <class T>
   const T* section(int64_t offset) const {
@@ -77,6 +77,8 @@ void unpack(const PackedWeight& packed, sk_weight& out);
 // Checks size, alignment, magic, checksum and that the header's numbers belong together. The
 // sections are trusted: packed buffers never leave the process, files hold the canonical form.
 PackedWeight open_packed(const void* buffer, int64_t bytes);
+// The checks of the header alone, for a buffer of `bytes` that lies elsewhere.
+void check_header(const PackedHeader& header, int64_t bytes);
 
 // The formats' own functions, defined in the file of each.
 void layout_nm(PackedHeader&);

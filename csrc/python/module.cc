@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -68,6 +70,47 @@ struct Weight {
   }
 };
 
+sk_matmul_args matmul_args(int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x,
+                           int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes,
+                           uintptr_t y, int64_t y_row_stride, uintptr_t bias, uintptr_t residual,
+                           int64_t residual_row_stride, int activation) {
+  sk_matmul_args args{};
+  args.m = rows;
+  args.n = n;
+  args.k = k;
+  args.dtype = dtype;
+  args.x = at(x);
+  args.x_row_stride = x_row_stride;
+  args.weight = at(weight);
+  args.weight_bytes = weight_bytes;
+  args.y = at(y);
+  args.y_row_stride = y_row_stride;
+  args.bias = at(bias);
+  args.residual = at(residual);
+  args.residual_row_stride = residual_row_stride;
+  args.activation = activation;
+  return args;
+}
+
+void run(const sk_matmul_args& args, const char* kernel) {
+  sk_status status;
+  {
+    py::gil_scoped_release release;
+    status = sk_matmul(&args, kernel);
+  }
+  check(status);
+}
+
+// The header of a packed buffer as the integers that a graph can hold; the rest of SK_HEADER_BYTES
+// is zero.
+using Header = std::array<int64_t, 13>;
+
+std::array<char, SK_HEADER_BYTES> header_bytes(const Header& header) {
+  std::array<char, SK_HEADER_BYTES> bytes{};
+  std::memcpy(bytes.data(), header.data(), sizeof header);
+  return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -132,6 +175,13 @@ PYBIND11_MODULE(_C, m) {
     return std::make_tuple(std::string(info.format), from_pattern(info.pattern), info.dtype, info.n,
                            info.k, info.nnzb, info.bytes);
   });
+  m.def("packed_header", [](uintptr_t packed, int64_t bytes) {
+    sk_packed_info info;
+    check(sk_read_packed_info(at(packed), bytes, &info));
+    Header header;
+    std::memcpy(header.data(), at(packed), sizeof header);
+    return header;
+  });
   m.def("unpack", [](uintptr_t packed, int64_t bytes, const Weight& out) {
     sk_weight w = out.get();
     check(sk_unpack(at(packed), bytes, &w));
@@ -141,51 +191,55 @@ PYBIND11_MODULE(_C, m) {
                      int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes, uintptr_t y,
                      int64_t y_row_stride, uintptr_t bias, uintptr_t residual,
                      int64_t residual_row_stride, int activation, int threads, const char* kernel) {
-    const sk_matmul_args args{rows,
-                              n,
-                              k,
-                              dtype,
-                              at(x),
-                              x_row_stride,
-                              at(weight),
-                              weight_bytes,
-                              at(y),
-                              y_row_stride,
-                              at(bias),
-                              at(residual),
-                              residual_row_stride,
-                              activation,
-                              threads};
-    sk_status status;
-    {
-      py::gil_scoped_release release;
-      status = sk_matmul(&args, kernel);
-    }
-    check(status);
+    sk_matmul_args args =
+        matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y, y_row_stride, bias,
+                    residual, residual_row_stride, activation);
+    args.num_threads = threads;
+    run(args, kernel);
   });
+  m.def("matmul_cuda",
+        [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x, int64_t x_row_stride,
+           uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride,
+           uintptr_t bias, uintptr_t residual, int64_t residual_row_stride, int activation,
+           int device, uintptr_t stream, const Header& header, uintptr_t workspace,
+           int64_t workspace_bytes, const char* kernel) {
+          sk_matmul_args args =
+              matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y, y_row_stride,
+                          bias, residual, residual_row_stride, activation);
+          const auto bytes = header_bytes(header);
+          args.device_type = SK_CUDA;
+          args.device_index = device;
+          args.stream = at(stream);
+          args.weight_header = bytes.data();
+          args.workspace = at(workspace);
+          args.workspace_bytes = workspace_bytes;
+          run(args, kernel);
+        });
 
   m.def("kernels", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string,
-                           std::string, bool, std::string>>
+                           std::string, bool, std::string, int>>
         list;
     for (int i = 0; i < sk_kernel_count(); ++i) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
       list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
-                        k.reason);
+                        k.reason, k.device_type);
     }
     return list;
   });
-  m.def("explain", [](const std::string& op, const std::string& format, PatternTuple pattern,
-                      int dtype, int64_t rows, int64_t n, int64_t k, int threads) {
-    const sk_pattern p = to_pattern(pattern);
-    std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
-    check(sk_explain(op.c_str(), format.c_str(), &p, dtype, rows, n, k, threads, answers.data()));
-    std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
-    for (const sk_candidate& c : answers)
-      list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
-    return list;
-  });
+  m.def("explain",
+        [](const std::string& op, const std::string& format, PatternTuple pattern, int dtype,
+           int64_t rows, int64_t n, int64_t k, int threads, int device_type, int device_index) {
+          const sk_pattern p = to_pattern(pattern);
+          std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
+          check(sk_explain_on(device_type, device_index, op.c_str(), format.c_str(), &p, dtype,
+                              rows, n, k, threads, answers.data()));
+          std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
+          for (const sk_candidate& c : answers)
+            list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
+          return list;
+        });
 
   m.def("cpu_info", [] {
     sk_cpu_info info;
@@ -200,6 +254,28 @@ PYBIND11_MODULE(_C, m) {
     d["l2_bytes"] = info.l2_bytes;
     d["l3_bytes"] = info.l3_bytes;
     d["threading"] = sk::parallel_backend();
+    return d;
+  });
+  m.def("cuda_device_count", [] {
+    int32_t count;
+    check(sk_cuda_device_count(&count));
+    return count;
+  });
+  m.def("cuda_info", [](int device) {
+    sk_cuda_info info;
+    check(sk_get_cuda_info(device, &info));
+    py::dict d;
+    d["name"] = info.name;
+    d["capability"] = std::make_pair(info.major, info.minor);
+    d["sm_count"] = info.sm_count;
+    d["shared_bytes_per_block"] = info.shared_bytes_per_block;
+    d["shared_bytes_per_sm"] = info.shared_bytes_per_sm;
+    d["l2_bytes"] = info.l2_bytes;
+    d["memory_bytes"] = info.memory_bytes;
+    d["bandwidth"] = info.bandwidth;
+    d["driver_version"] = info.driver_version;
+    d["runtime_version"] = info.runtime_version;
+    d["workspace_bytes"] = info.workspace_bytes;
     return d;
   });
   m.def("build_info", [] {

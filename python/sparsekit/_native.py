@@ -19,6 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
+_DEVICE_TYPES = ("cpu", "cuda")
 _DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
 _PatternTuple = tuple[int, int, int, int, int, int]
 
@@ -76,6 +77,7 @@ class KernelInfo:
     variant: str
     available: bool
     reason: str
+    device: str  # "cpu" or "cuda": where its tensors are
 
 
 @dataclass(frozen=True)
@@ -259,13 +261,20 @@ def matmul(
 
 def kernels() -> list[KernelInfo]:
     """The registry."""
-    return [KernelInfo(*row) for row in _C.kernels()]
+    return [KernelInfo(*row[:-1], device=_DEVICE_TYPES[row[-1]]) for row in _C.kernels()]
 
 
 def explain(
-    format: str, pattern: Pattern, dtype: torch.dtype, n: int, k: int, m: int
+    format: str,
+    pattern: Pattern,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    m: int,
+    device: torch.device | None = None,
 ) -> list[Candidate]:
-    """Every kernel's answer to a problem, in the registry's order."""
+    """Every kernel's answer to a problem on a device (None: this CPU), in the registry's order."""
+    device = torch.device("cpu") if device is None else device
     rows = _C.explain(
         "matmul",
         format,
@@ -275,6 +284,8 @@ def explain(
         n,
         k,
         torch.get_num_threads(),
+        _DEVICE_TYPES.index(device.type),
+        device.index or 0,
     )
     return [
         Candidate(name, ok, chosen, cost if ok else None, reason)

@@ -441,11 +441,13 @@ inline std::vector<sk_kernel_info> kernels() {
   return all;
 }
 
+// Those that this CPU can run.
 inline std::vector<sk_kernel_info> available_kernels() {
   std::vector<sk_kernel_info> all = kernels();
-  all.erase(
-      std::remove_if(all.begin(), all.end(), [](const sk_kernel_info& k) { return !k.available; }),
-      all.end());
+  const auto other = [](const sk_kernel_info& k) {
+    return !k.available || k.device_type != SK_CPU;
+  };
+  all.erase(std::remove_if(all.begin(), all.end(), other), all.end());
   return all;
 }
 

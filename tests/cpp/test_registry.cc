@@ -57,7 +57,7 @@ void test_names() {
     CHECK(names.insert(joined).second);
     CHECK(std::string(info.op) == "matmul");
     CHECK(info.reason && *info.reason);
-    level(info.arch);
+    if (info.device_type == SK_CPU) level(info.arch);
     const sk_pattern p = !std::strncmp(info.format, "nm", 2) ? nm(2, 4) : bsr(16, 16);
     std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
     CHECK_OK(sk_explain(info.op, info.format, &p, SK_F32, 4, 64, 64, 1,
@@ -134,6 +134,7 @@ void test_isa_levels() {
     for (int32_t i = 0; i < sk_kernel_count(); ++i) {
       sk_kernel_info info;
       CHECK_OK(sk_get_kernel(i, &info));
+      if (info.device_type != SK_CPU) continue;
       const int needed = level(info.arch);
       CHECK(bool(info.available) == (needed <= in_use));
       if (info.available) continue;
@@ -161,7 +162,7 @@ void test_isa_levels() {
           CHECK(y.get(i / w.n, i % w.n) == round_to(dtype, sums.value[size_t(i)]));
         }
         for (const sk_kernel_info& kernel : kernels()) {  // by name it is refused as well
-          if (kernel.available || !reads(kernel, w)) continue;
+          if (kernel.available || kernel.device_type != SK_CPU || !reads(kernel, w)) continue;
           const Buffer its = pack(canonical, kernel.format);
           const Matrix before(dtype, 11, w.n);
           Matrix untouched(dtype, 11, w.n);

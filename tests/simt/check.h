@@ -30,3 +30,15 @@
     }                                                                                \
     fail(__FILE__, __LINE__, #call " did not fail");                                 \
   } while (false)
+
+inline simt::Launch launch_of(int grid, int threads, int shared_bytes, uint64_t seed = 1) {
+  simt::Launch launch;
+  launch.grid = grid;
+  launch.threads = threads;
+  launch.shared_bytes = shared_bytes;
+  launch.seed = seed;
+  return launch;
+}
+
+// What does not depend on the schedule must hold under each of these.
+constexpr uint64_t kSeeds = 20;

@@ -49,6 +49,8 @@ typedef enum sk_activation {
   SK_ACTIVATION_SILU = 4
 } sk_activation;
 
+typedef enum sk_device_type { SK_CPU = 0, SK_CUDA = 1 } sk_device_type;
+
 typedef enum sk_family { SK_FAMILY_NM = 0, SK_FAMILY_BSR = 1 } sk_family;
 
 /* A sparsity pattern. SK_FAMILY_NM: `kept` values of every `group` consecutive ones along k, shared
@@ -110,7 +112,20 @@ typedef struct sk_matmul_args {
   int64_t residual_row_stride;
   int32_t activation;
   int32_t num_threads; /* 0: as many as there are cores */
+  /* The rest is for SK_CUDA, where all tensors, `weight` and `workspace` are in the memory of one
+   * GPU: rows of x on 16 bytes, the weight on 128. The call starts the work and returns. */
+  int32_t device_type;
+  int32_t device_index;
+  void* stream;              /* cudaStream_t */
+  const void* weight_header; /* host copy of the first SK_HEADER_BYTES of the packed buffer */
+  /* Zeroed once before its first use; each call leaves the counters at its start zero again. Calls
+   * that may run at the same time need workspaces of their own. */
+  void* workspace;
+  int64_t workspace_bytes; /* at least what sk_get_cuda_info says */
 } sk_matmul_args;
+
+/* What every packed buffer starts with: the header, and zeros up to here. */
+#define SK_HEADER_BYTES 128
 
 /* One line of the kernel registry. */
 typedef struct sk_kernel_info {
@@ -122,6 +137,7 @@ typedef struct sk_kernel_info {
   const char* variant; /* "" for the main one */
   int32_t available;   /* this machine (and SPARSEKIT_ISA) can run it */
   const char* reason;  /* why not, or what it is for */
+  int32_t device_type; /* where its tensors are */
 } sk_kernel_info;
 
 /* How one kernel answers a problem. */
@@ -167,7 +183,9 @@ SK_API sk_status sk_validate(const sk_weight* weight);
  */
 
 /* The format whose kernel is the best this machine has for the pattern. `target`: "auto" or "cpu"
- * for this CPU, "reference" for the canonical format that the scalar kernels read. */
+ * for this CPU, "reference" for the canonical format that the scalar kernels read, "cuda" or
+ * "cuda:<device>" for a GPU ("cuda" on a machine without one: for compute capability 8.0).
+ * SK_UNSUPPORTED, with each kernel's reason, when nothing on a GPU takes the pattern. */
 SK_API sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target,
                                    char format[32]);
 SK_API sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* bytes);
@@ -188,6 +206,11 @@ SK_API sk_status sk_get_kernel(int32_t index, sk_kernel_info* info);
 SK_API sk_status sk_explain(const char* op, const char* format, const sk_pattern* pattern,
                             int32_t dtype, int64_t m, int64_t n, int64_t k, int32_t num_threads,
                             sk_candidate* out);
+/* The same for tensors on a device. */
+SK_API sk_status sk_explain_on(int32_t device_type, int32_t device_index, const char* op,
+                               const char* format, const sk_pattern* pattern, int32_t dtype,
+                               int64_t m, int64_t n, int64_t k, int32_t num_threads,
+                               sk_candidate* out);
 
 /* --- machine -------------------------------------------------------------------------------------
  */
@@ -202,6 +225,25 @@ typedef struct sk_cpu_info {
 } sk_cpu_info;
 
 SK_API sk_status sk_get_cpu_info(sk_cpu_info* info);
+
+typedef struct sk_cuda_info {
+  char name[128];
+  int32_t major, minor; /* compute capability */
+  int32_t sm_count;
+  int64_t shared_bytes_per_block; /* that one block can opt in to */
+  int64_t shared_bytes_per_sm;
+  int64_t l2_bytes, memory_bytes;
+  int64_t bandwidth;       /* of the memory, bytes per second; 0: unknown */
+  int32_t driver_version;  /* 1000 * major + 10 * minor, of CUDA */
+  int32_t runtime_version; /* the same for the runtime that is built in */
+  int64_t workspace_bytes; /* what sk_matmul_args.workspace takes on this device */
+} sk_cuda_info;
+
+/* Both start the CUDA driver: a process that forks should ask after it did. */
+SK_API sk_status sk_cuda_device_count(int32_t* count);
+/* Without any device this fails (SK_UNSUPPORTED), and the message says why there is none. */
+SK_API sk_status sk_get_cuda_info(int32_t device, sk_cuda_info* info);
+
 /* Reads SPARSEKIT_ISA and SPARSEKIT_KERNEL again; they are otherwise read once. */
 SK_API sk_status sk_reload_environment(void);
 

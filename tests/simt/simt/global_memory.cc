@@ -52,6 +52,7 @@ GlobalMemory& GlobalMemory::instance() {
 void GlobalMemory::begin_launch() {
   for (Allocation* buffer : buffers_) {
     for (uint8_t& state : buffer->state_) state &= Allocation::kWritten;
+    buffer->writer_.clear();
   }
 }
 
@@ -103,8 +104,26 @@ Allocation& GlobalMemory::find(Thread& thread, const void* address, int bytes, i
   return *last_;
 }
 
+void GlobalMemory::check_order(Thread& thread, const Allocation& buffer, size_t offset, int bytes,
+                               bool from_l2, const char* does) {
+  if (buffer.writer_.empty()) return;
+  const BlockOrder& order = Machine::instance().order();
+  const Allocation::Writer* writer = &buffer.writer_[offset];
+  for (int i = 0; i < bytes; ++i) {
+    if (writer[i].block_plus_1 == 0 || (i > 0 && writer[i] == writer[i - 1])) continue;
+    const int block = int(writer[i].block_plus_1) - 1;
+    if (order.ordered(block, writer[i].clock, thread.block->index, from_l2)) continue;
+    const bool heard = order.ordered(block, writer[i].clock, thread.block->index, true);
+    thread.fail(Fault::kRace,
+                std::string(does) + " " + instance().describe(buffer.data_ + offset + i) +
+                    ", which block " + std::to_string(block) + " has written; " +
+                    (heard ? "load_global may find an older value in L1: use load_global_cg"
+                           : "no fence_gpu and atomic_add order the two"));
+  }
+}
+
 const uint8_t* GlobalMemory::read(Thread& thread, const void* address, int bytes, int alignment,
-                                  bool non_coherent) {
+                                  Load load) {
   Allocation& buffer = find(thread, address, bytes, alignment);
   const size_t offset = size_t(static_cast<const uint8_t*>(address) - buffer.data_);
   uint8_t* state = &buffer.state_[offset];
@@ -113,7 +132,7 @@ const uint8_t* GlobalMemory::read(Thread& thread, const void* address, int bytes
       thread.fail(Fault::kUninitialised,
                   "reads " + describe(buffer.data_ + offset + i) + ", which nobody has written");
     }
-    if (!non_coherent) continue;
+    if (load != Load::kNonCoherent) continue;
     if (state[i] & Allocation::kWrittenNow) {
       thread.fail(Fault::kNonCoherent, "non-coherent read of " +
                                            describe(buffer.data_ + offset + i) +
@@ -121,10 +140,13 @@ const uint8_t* GlobalMemory::read(Thread& thread, const void* address, int bytes
     }
     state[i] |= Allocation::kReadNonCoherent;
   }
+  if (load != Load::kAtomic) {
+    check_order(thread, buffer, offset, bytes, load == Load::kFromL2, "reads");
+  }
   return buffer.data_ + offset;
 }
 
-uint8_t* GlobalMemory::write(Thread& thread, void* address, int bytes) {
+uint8_t* GlobalMemory::write(Thread& thread, void* address, int bytes, Store store) {
   Allocation& buffer = find(thread, address, bytes, bytes);
   if (buffer.read_only_) {
     thread.fail(Fault::kReadOnly, "writes " + describe(address) + ", which is an input");
@@ -137,6 +159,15 @@ uint8_t* GlobalMemory::write(Thread& thread, void* address, int bytes) {
                                            ", which this launch reads with load_global_nc");
     }
     state[i] |= Allocation::kWritten | Allocation::kWrittenNow;
+  }
+  if (store == Store::kPlain) {
+    check_order(thread, buffer, offset, bytes, true, "writes");
+    BlockOrder& order = Machine::instance().order();
+    const int block = thread.block->index;
+    if (buffer.writer_.empty()) buffer.writer_.resize(buffer.bytes_);
+    std::fill_n(buffer.writer_.begin() + ptrdiff_t(offset), bytes,
+                Allocation::Writer{uint32_t(block) + 1, order.now(block)});
+    order.wrote(block);
   }
   return buffer.data_ + offset;
 }

@@ -37,7 +37,15 @@ class Allocation {
   bool read_only_;
   std::unique_ptr<uint8_t[]> memory_;
   uint8_t* data_;
-  std::vector<uint8_t> state_;  // of each byte
+  // Of each byte: its state, and the block that wrote it in this launch (0: none), with the block's clock.
+  struct Writer {
+    uint32_t block_plus_1, clock;
+    bool operator==(const Writer& o) const {
+      return block_plus_1 == o.block_plus_1 && clock == o.clock;
+    }
+  };
+  std::vector<uint8_t> state_;
+  std::vector<Writer> writer_;  // empty where nothing has been written
 };
 
 // An array in global memory. Outputs start uninitialised: bytes 0xff, which are NaN, and a kernel that reads
@@ -86,16 +94,19 @@ class GlobalMemory {
   // Throws where the zones around a buffer have changed.
   void end_launch(const std::string& kernel);
 
-  // The access of a thread, checked.
-  const uint8_t* read(Thread& thread, const void* address, int bytes, int alignment,
-                      bool non_coherent);
-  uint8_t* write(Thread& thread, void* address, int bytes);
+  enum class Load { kPlain, kNonCoherent, kFromL2, kAtomic };
+  enum class Store { kPlain, kAtomic };
+  // The access of a thread, checked: where its bytes are.
+  const uint8_t* read(Thread& thread, const void* address, int bytes, int alignment, Load load);
+  uint8_t* write(Thread& thread, void* address, int bytes, Store store);
 
   // "x + 12 bytes", or the bare address.
   std::string describe(const void* address) const;
 
  private:
   friend class Allocation;
+  static void check_order(Thread& thread, const Allocation& buffer, size_t offset, int bytes,
+                          bool from_l2, const char* does);
   Allocation& find(Thread& thread, const void* address, int bytes, int alignment);
 
   std::vector<Allocation*> buffers_;

@@ -74,6 +74,7 @@ Statistics Machine::run(const Launch& launch, const std::function<void()>& kerne
   random_ = Random(launch.seed);
   kernel_ = &kernel;
   places_ = PlaceTable();
+  order_.reset(launch.grid);
   instructions_ = 0;
   active_.clear();
   last_warp_ = nullptr;
@@ -125,6 +126,7 @@ void Machine::start_block(Block& block) {
       thread.index = int(w) * kLanes + lane;
       thread.warp = &warp;
       thread.block = &block;
+      thread.released.reset();
       thread.uncommitted.clear();
       thread.groups.clear();
       thread.fiber.start(thread_main, &thread);
@@ -306,7 +308,7 @@ void Machine::sync_block(Thread& thread) {
     block.arrived = 0;
     advance(thread, block.epoch);
     for (Warp& warp : block.warps) {
-      advance(thread, warp.epoch);
+      sync_warp(warp);
       warp.log.flush(places_);
       wake(warp, kAllLanes);
     }
@@ -314,9 +316,24 @@ void Machine::sync_block(Thread& thread) {
   thread.fiber.suspend();
 }
 
+void Machine::sync_warp(Warp& warp) {
+  advance(warp.lane(0), warp.epoch);
+  warp.released = order_.released(warp.block->index);
+}
+
 void Machine::advance(const Thread& thread, uint32_t& epoch) {
   if (epoch == kMaxEpoch) thread.fail(Fault::kNoProgress, "more than a million barriers");
   ++epoch;
+}
+
+void Machine::fence(Thread& thread) { thread.released = order_.fence(thread.block->index); }
+
+void Machine::atomic(Thread& thread, const void* address) {
+  // The thread's own fence or one before its last barrier, whichever is later: that one holds the other too.
+  const int block = thread.block->index;
+  const Clocks *own = thread.released.get(), *others = thread.warp->released.get();
+  const bool own_is_later = own && (!others || (*own)[size_t(block)] >= (*others)[size_t(block)]);
+  order_.atomic(block, address, own_is_later ? own : others);
 }
 
 }  // namespace simt

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "simt/block_order.h"
 #include "simt/error.h"
 #include "simt/fiber.h"
 #include "simt/global_memory.h"
@@ -74,6 +75,8 @@ struct Thread {
   int place_id = 0;
   void* operands = nullptr;  // of the collective it waits in
 
+  std::shared_ptr<const Clocks> released;  // what its fences pass on
+
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
 
@@ -90,6 +93,7 @@ struct Warp {
   uint32_t epoch = 1;     // grows with every sync_warp and sync_block
   int active_index = -1;  // in the scheduler's list
   AccessLog log;
+  std::shared_ptr<const Clocks> released;  // what fences before its last barrier pass on
 
   Thread& lane(int lane) const;
 };
@@ -118,6 +122,7 @@ class Machine {
   const Launch& launch() const { return launch_; }
   Random& random() { return random_; }
   PlaceTable& places() { return places_; }
+  BlockOrder& order() { return order_; }
 
   Thread& current() {
     if (!current_) throw std::logic_error("an instruction outside of simt::launch");
@@ -136,7 +141,10 @@ class Machine {
   void collective(Thread& thread, Operands& operands, Execute execute);
   void sync_block(Thread& thread);
   void count_collective(Thread& thread, int bank_conflicts = 0);
-  static void advance(const Thread& thread, uint32_t& epoch);
+  // Each warp's part of it too.
+  void sync_warp(Warp& warp);
+  void fence(Thread& thread);
+  void atomic(Thread& thread, const void* address);
 
  private:
   void start_block(Block& block);
@@ -147,6 +155,7 @@ class Machine {
   void thread_exits(Thread& thread);
   bool join_collective(Thread& thread);
   void wake(Warp& warp, uint32_t lanes);
+  static void advance(const Thread& thread, uint32_t& epoch);
   // What the block's threads do that cannot run: "threads 0 to 31 wait in sync_block at ..."
   std::string waiting_text(const Block& block) const;
   void report_deadlock();
@@ -155,6 +164,7 @@ class Machine {
   Random random_{1};
   const std::function<void()>* kernel_ = nullptr;
   PlaceTable places_;
+  BlockOrder order_;
   std::vector<std::unique_ptr<Block>> blocks_;
   std::vector<int> to_start_;  // indices of blocks, in random order
   std::vector<Warp*> active_;  // warps with lanes that can run

@@ -19,6 +19,7 @@ struct BF16 {};
 namespace detail {
 
 using simt::Fault;
+using simt::GlobalMemory;
 using simt::kLanes;
 using simt::Machine;
 using simt::Op;
@@ -28,7 +29,7 @@ using simt::Thread;
 using simt::Warp;
 
 inline Machine& machine() { return Machine::instance(); }
-inline simt::GlobalMemory& global() { return simt::GlobalMemory::instance(); }
+inline GlobalMemory& global() { return GlobalMemory::instance(); }
 inline uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
 
 // ld and st take 1, 2, 4, 8 or 16 bytes.
@@ -38,12 +39,11 @@ constexpr bool is_access =
     (sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
 template <class T>
-T load_global(const T* address, bool non_coherent, Place place) {
+T load_global(const T* address, GlobalMemory::Load load, Place place) {
   static_assert(is_access<T>);
   Thread& thread = machine().begin(Op::kLoadGlobal, place);
   T value;
-  std::memcpy(&value, global().read(thread, address, sizeof(T), sizeof(T), non_coherent),
-              sizeof(T));
+  std::memcpy(&value, global().read(thread, address, sizeof(T), sizeof(T), load), sizeof(T));
   machine().log(thread, Space::kGlobal, number(address), sizeof(T));
   machine().may_switch(thread);
   return value;
@@ -103,6 +103,23 @@ void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
   });
 }
 
+// Replaces what is there by change(it); returns what was there.
+template <class T, class Change>
+T atomic(Op op, T* address, Change change, Place place) {
+  Thread& thread = machine().begin(op, place);
+  machine().log(thread, Space::kNone, 0, 0);
+  T old;
+  std::memcpy(&old,
+              global().read(thread, address, sizeof(T), sizeof(T), GlobalMemory::Load::kAtomic),
+              sizeof(T));
+  machine().atomic(thread, address);
+  const T changed = change(old);
+  std::memcpy(global().write(thread, address, sizeof(T), GlobalMemory::Store::kAtomic), &changed,
+              sizeof(T));
+  machine().may_switch(thread);
+  return old;
+}
+
 }  // namespace detail
 
 // ---- who am I ------------------------------------------------------------------------------------
@@ -120,33 +137,24 @@ SK_DEVICE void sync_warp(SK_PLACE) {
   simt::Thread& thread = detail::machine().begin(simt::Op::kSyncWarp, place);
   int no_operands = 0;
   detail::machine().collective(thread, no_operands, [&](int**, simt::Warp& warp) {
-    simt::Machine::advance(thread, warp.epoch);
+    detail::machine().sync_warp(warp);
     detail::machine().count_collective(thread);
   });
 }
 SK_DEVICE void fence_gpu(SK_PLACE) {
   simt::Thread& thread = detail::machine().begin(simt::Op::kFence, place);
   detail::machine().log(thread, simt::Space::kNone, 0, 0);
+  detail::machine().fence(thread);
 }
 SK_DEVICE int atomic_add(int* address, int value, SK_PLACE) {
-  simt::Thread& thread = detail::machine().begin(simt::Op::kAtomicAdd, place);
-  detail::machine().log(thread, simt::Space::kNone, 0, 0);
-  int old;
-  std::memcpy(&old, detail::global().read(thread, address, 4, 4, false), 4);
-  const int sum = int(unsigned(old) + unsigned(value));
-  std::memcpy(detail::global().write(thread, address, 4), &sum, 4);
-  detail::machine().may_switch(thread);
-  return old;
+  return detail::atomic(
+      simt::Op::kAtomicAdd, address, [&](int old) { return int(unsigned(old) + unsigned(value)); },
+      place);
 }
 SK_DEVICE uint64_t atomic_min(uint64_t* address, uint64_t value, SK_PLACE) {
-  simt::Thread& thread = detail::machine().begin(simt::Op::kAtomicMin, place);
-  detail::machine().log(thread, simt::Space::kNone, 0, 0);
-  uint64_t old;
-  std::memcpy(&old, detail::global().read(thread, address, 8, 8, false), 8);
-  const uint64_t least = value < old ? value : old;
-  std::memcpy(detail::global().write(thread, address, 8), &least, 8);
-  detail::machine().may_switch(thread);
-  return old;
+  return detail::atomic(
+      simt::Op::kAtomicMin, address, [&](uint64_t old) { return value < old ? value : old; },
+      place);
 }
 SK_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask, SK_PLACE) {
   return detail::shuffle(value, (thread_index() ^ lane_mask) & (simt::kLanes - 1), place);
@@ -159,21 +167,22 @@ SK_DEVICE uint32_t shuffle(uint32_t value, int lane, SK_PLACE) {
 
 template <class T>
 SK_DEVICE T load_global(const T* address, SK_PLACE) {
-  return detail::load_global(address, false, place);
+  return detail::load_global(address, simt::GlobalMemory::Load::kPlain, place);
 }
 template <class T>
 SK_DEVICE T load_global_nc(const T* address, SK_PLACE) {
-  return detail::load_global(address, true, place);
+  return detail::load_global(address, simt::GlobalMemory::Load::kNonCoherent, place);
 }
 template <class T>
 SK_DEVICE T load_global_cg(const T* address, SK_PLACE) {
-  return detail::load_global(address, false, place);
+  return detail::load_global(address, simt::GlobalMemory::Load::kFromL2, place);
 }
 template <class T>
 SK_DEVICE void store_global(T* address, T value, SK_PLACE) {
   static_assert(detail::is_access<T>);
   simt::Thread& thread = detail::machine().begin(simt::Op::kStoreGlobal, place);
-  std::memcpy(detail::global().write(thread, address, sizeof(T)), &value, sizeof(T));
+  std::memcpy(detail::global().write(thread, address, sizeof(T), simt::GlobalMemory::Store::kPlain),
+              &value, sizeof(T));
   detail::machine().log(thread, simt::Space::kGlobal, detail::number(address), sizeof(T));
   detail::machine().may_switch(thread);
 }
@@ -209,7 +218,7 @@ SK_DEVICE void cp_async_16(uint32_t to, const void* from, int bytes, SK_PLACE) {
   }
   simt::Copy copy{to, nullptr, bytes, detail::machine().random().one_in(2), {}};
   if (bytes > 0) {
-    copy.from = detail::global().read(thread, from, bytes, 16, false);
+    copy.from = detail::global().read(thread, from, bytes, 16, simt::GlobalMemory::Load::kFromL2);
     detail::machine().log(thread, simt::Space::kGlobal, detail::number(from), bytes);
     if (copy.read_early) std::memcpy(copy.data, copy.from, size_t(bytes));
   }

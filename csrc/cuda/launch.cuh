@@ -1,0 +1,92 @@
+// A tile kernel as the registry wants it: what it refuses, what it costs, how it is launched.
+#pragma once
+#include <atomic>
+
+#include "core/cuda_check.h"
+#include "core/error.h"
+#include "cuda/matmul_mma.cuh"
+#include "cuda/plan.h"
+#include "dispatch/registry.h"
+
+namespace sk::cuda {
+
+// Family: what the host must know of a kind of weights: kMacsPerClock, refusal(), stages() and bytes().
+template <class Tile, template <class> class WeightsOf, class Family>
+struct TileKernel {
+  using Shared = SharedMemory<Tile, WeightsOf<Tile>>;
+
+  static constexpr TileShape kShape = {Tile::kRows,        Tile::kTokens,  Tile::kBlocksPerSm,
+                                       Shared::kSlotBytes, Shared::kBytes, Family::kMacsPerClock};
+  static_assert(2 * Tile::kBlocksPerSm * Tile::kRows * Tile::kTokens * 4 <= kCudaPartBytesPerSm,
+                "parts of tiles fit into the workspace");
+
+  static std::string refusal(const Problem& p) {
+    const std::string why = Family::refusal(p, Tile::kRows);
+    if (!why.empty() || blocks_per_sm(kShape, *p.gpu) > 0) return why;
+    return concat("needs ", kShape.shared_bytes >> 10, " KiB of shared memory for a block, the GPU has ",
+                  p.gpu->shared_per_block >> 10);
+  }
+
+  static double cost(const Problem& p) {
+    const double kept = p.kept_share() * double(p.n) * double(p.k);
+    return cost_us(kShape, Family::stages(p.n, p.k, kept, Tile::kRows), p.m, Family::bytes(kept), p.n, p.k,
+                   *p.gpu);
+  }
+
+  static void run(const MatmulCall& call) {
+    const PackedHeader& h = *call.weight.header;
+    allow_shared_memory(call.gpu->index);
+    const double kept = double(h.nnzb) * h.pattern.block_rows * h.pattern.block_cols;
+    const Stages stages = Family::stages(h.n, h.k, kept, Tile::kRows);
+    const int64_t y_alignment = call.y_row_stride | (call.residual ? call.residual_row_stride : 0);
+    const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+    MatmulParams p{};
+    p.weight = call.weight.base;
+    p.values_offset = h.values_offset, p.indices_offset = h.indices_offset, p.order_offset = h.order_offset;
+    p.x_row_stride = call.x_row_stride;
+    p.k = int(call.k);
+    p.epilogue.bias = static_cast<const uint16_t*>(call.bias);
+    p.epilogue.y_row_stride = call.y_row_stride;
+    p.epilogue.residual_row_stride = call.residual_row_stride;
+    p.epilogue.n = int(call.n);
+    p.epilogue.activation = call.activation;
+    p.epilogue.aligned =
+        y_alignment % 8 == 0 && (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
+    p.counters = static_cast<int*>(call.workspace);
+    p.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCudaCounterBytes);
+    for (int64_t token = 0; token < call.m;) {
+      const Plan plan = cuda::plan(kShape, stages, call.m - token, *call.gpu);
+      p.x = static_cast<const uint16_t*>(call.x) + token * call.x_row_stride;
+      p.epilogue.y = static_cast<uint16_t*>(call.y) + token * call.y_row_stride;
+      p.epilogue.residual =
+          call.residual ? static_cast<const uint16_t*>(call.residual) + token * call.residual_row_stride : nullptr;
+      p.epilogue.m = plan.tokens;
+      p.token_tiles = plan.token_tiles;
+      p.whole_tiles = plan.whole_tiles;
+      matmul_mma<Tile, WeightsOf>
+          <<<plan.blocks, Tile::kThreads, Shared::kBytes, static_cast<cudaStream_t>(call.stream)>>>(p);
+      check_cuda(cudaGetLastError(), "launching a matmul kernel");
+      token += plan.tokens;
+    }
+  }
+
+ private:
+  // A block gets more than 48 KiB only where it was asked for, once on each device.
+  static void allow_shared_memory(int device) {
+    static std::atomic<uint64_t> allowed{0};
+    const uint64_t bit = uint64_t{1} << (device % 64);
+    if (device < 64 && allowed.load(std::memory_order_relaxed) & bit) return;
+    check_cuda(cudaFuncSetAttribute(matmul_mma<Tile, WeightsOf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    Shared::kBytes),
+               "asking for shared memory");
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+};
+
+template <class Tile, template <class> class WeightsOf, class Family>
+constexpr KernelFunctions tile_kernel(const char* about) {
+  using Kernel = TileKernel<Tile, WeightsOf, Family>;
+  return {Kernel::refusal, Kernel::cost, Kernel::run, about};
+}
+
+}  // namespace sk::cuda

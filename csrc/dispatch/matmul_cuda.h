@@ -1,0 +1,17 @@
+// What a matmul on a GPU checks and does beside running its kernel. The checks need no GPU.
+#pragma once
+#include "dispatch/registry.h"
+
+namespace sk {
+
+// The packed weight whose bytes are on a GPU; `copy` receives its header.
+PackedWeight open_on_gpu(const sk_matmul_args& args, PackedHeader& copy);
+
+// Alignment, and that y shares no element with what the kernel reads. m >= 1.
+void check_addresses(const sk_matmul_args& args);
+void check_workspace(const sk_matmul_args& args, const CudaDevice& gpu);
+
+// Starts the kernel on the call's GPU and stream; the calling thread's current device stays.
+void run_on_gpu(const Kernel& kernel, const MatmulCall& call);
+
+}  // namespace sk
