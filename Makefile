@@ -6,6 +6,7 @@
 #   make simt        the CUDA sources on the emulator that runs them without a GPU
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
+#   make cuda-report compiles the CUDA kernels for every GPU; registers, spills, instructions: docs/cuda_kernels.md
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
 #   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
@@ -121,6 +122,18 @@ sanitize: $(VENV)/.tools
 	$(call CTEST,asan)
 	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
 	$(call CTEST,tsan)
+
+# One architecture of each kind that has code of its own. Objects only: nothing else of the library is compiled.
+CUDA_REPORT_ARCHITECTURES ?= 80;87;90a;110;120
+CUDA_OBJECTS = $(patsubst %,CMakeFiles/sparsekit.dir/%.o,$(wildcard csrc/cuda/*.cu))
+cuda-report: $(VENV)/.cuda-tools
+	cmake -G Ninja -S . -B build/cuda -DSPARSEKIT_CUDA=ON '-DSPARSEKIT_CUDA_ARCHITECTURES=$(CUDA_REPORT_ARCHITECTURES)'
+	ninja -C build/cuda $(CUDA_OBJECTS)
+	$(BIN)/python -m bench.cuda_report $(addprefix build/cuda/,$(CUDA_OBJECTS)) --out docs/cuda_kernels.md
+
+$(VENV)/.cuda-tools: $(VENV)/.tools
+	$(PIP) install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
 
 CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h' \
               'tests/simt/*.cc' 'tests/simt/*.h' 'tests/simt/*.cuh')

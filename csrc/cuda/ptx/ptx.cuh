@@ -134,14 +134,10 @@ SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t
 }
 #undef SK_MMA
 
-// Blackwell runs the plain spelling of the sparse mma at a fraction of its rate; both demand ascending positions.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define SK_MMA_SP "mma.sp::ordered_metadata"
-#else
-#define SK_MMA_SP "mma.sp"
-#endif
+// .sp::ordered_metadata promises ascending positions: Blackwell runs the plain spelling at a fraction of its rate,
+// to the others both are one.
 #define SK_MMA_SPARSE(type)                                                                               \
-  asm volatile(SK_MMA_SP ".sync.aligned.m16n8k32.row.col.f32." type "." type                              \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                              \
                          ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "                  \
                          "{%0, %1, %2, %3}, %12, %13;"                                                    \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
@@ -162,7 +158,6 @@ SK_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint4& a, const uint32_t (&b
   }
 }
 #undef SK_MMA_SPARSE
-#undef SK_MMA_SP
 
 // ---- numbers -------------------------------------------------------------------------------------
 
