@@ -34,10 +34,10 @@ FIELDS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = (
     *("1:2", "1:4", "2:4", "3:4", "3:8", "4:8", "5:16", "2:4v4", "1:4v8", "4:8v16", "7:16v4"),
-    *("bsr1x1@0.5", "bsr1x4@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
+    *("bsr1x1@0.5", "bsr1x1@0.9", "bsr2x1@0.8", "bsr1x4@0.5", "bsr1x80@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
     *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
 )
-SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67))
+SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67), (3, 301))
 
 
 # ---- the packer ----------------------------------------------------------------------------------
@@ -310,21 +310,30 @@ def sections_bsr_rows(
 ) -> Sections:
     assert isinstance(pattern, BlockSparse)
     rows, cols = pattern.block_shape
+    n, k = len(bits), len(bits[0])
     crow, columns, blocks = bsr_blocks(pattern, bits, kept)
     panel_rows = max(p for p in (16, 8, 4, 2, 1) if rows % p == 0)
-    values = []
-    for first, end in itertools.pairwise(crow):
-        for row0 in range(0, rows, panel_rows):
-            for block in blocks[first:end]:
-                panel = block[row0 : row0 + panel_rows]
-                if size == 2 and cols % 2 == 0:
-                    values += [
-                        row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
-                    ]
-                else:
-                    values += [row[c] for c in range(cols) for row in panel]
-    starts = words(4, [column * cols for column in columns])
-    return Sections(words(4, crow), starts, words(size, values), panel_rows, len(blocks))
+    segment = up(k, cols)
+    if panel_rows < 4:
+        wish = 24 * n * k // max(1, len(blocks) * rows * cols)
+        segment = 2 * up(min(max(wish, 64), 256), 2 * cols)
+    order, indices, values = [0], [], []
+    for segment0 in range(0, up(k, cols), segment):
+        for first, end in itertools.pairwise(crow):
+            here = [b for b in range(first, end) if 0 <= columns[b] - segment0 < segment]
+            order.append(order[-1] + len(here))
+            indices += [columns[b] - segment0 if panel_rows < 4 else columns[b] * cols for b in here]
+            for row0 in range(0, rows, panel_rows):
+                for block in (blocks[b] for b in here):
+                    panel = block[row0 : row0 + panel_rows]
+                    if size == 2 and cols % 2 == 0:
+                        values += [
+                            row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
+                        ]
+                    else:
+                        values += [row[c] for c in range(cols) for row in panel]
+    index_bytes = words(1 if panel_rows < 4 else 4, indices)
+    return Sections(words(4, order), index_bytes, words(size, values), panel_rows, len(blocks))
 
 
 Packer = Callable[[Pattern, list[list[int]], list[list[bool]], int, bytes], Sections]
@@ -559,17 +568,19 @@ def render_bsr(format: str, dtype: torch.dtype) -> list[str]:
     data = example(BSR_EXAMPLE, dtype, format)
     head = fields_of(data)
     crow = lines_of(numbers(data, head["order_offset"], 2, torch.int32), 2)
-    columns = [str(v) for v in numbers(data, head["indices_offset"], 2, torch.int32)]
+    narrow = format == "bsr_rows"
+    index_dtype = torch.uint8 if narrow else torch.int32
+    columns = [str(v) for v in numbers(data, head["indices_offset"], 2, index_dtype)]
     values = numbers(data, head["values_offset"], 24, dtype)
     lines = [
-        f"byte {head['order_offset']}  crow     {crow[0].replace('.', '0')}",
+        f"byte {head['order_offset']}  {'order' if narrow else 'crow '}    {crow[0].replace('.', '0')}",
         f"byte {head['indices_offset']}  indices  {' '.join(f'{c:>2}' for c in columns)}",
     ]
-    panels = head["block_rows"] // head["panel_rows"] if format == "bsr_rows" else 1
+    panels = head["block_rows"] // head["panel_rows"] if narrow else 1
     width = len(values) // panels // 2
     for at, row in enumerate(lines_of(values, width)):
         place = f"byte {head['values_offset']}  values " if at == 0 else " " * 17
-        label = f"panel {at // 2}  block {at % 2}" if format == "bsr_rows" else f"block {at}"
+        label = f"panel {at // 2}  block {at % 2}" if narrow else f"block {at}"
         lines.append(f"{place}  {label}  {row}")
     return [*lines, f"byte {head['bytes']}  end"]
 
