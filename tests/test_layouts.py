@@ -34,8 +34,8 @@ FIELDS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = (
     *("1:2", "1:4", "2:4", "3:4", "3:8", "4:8", "5:16", "2:4v4", "1:4v8", "4:8v16", "7:16v4"),
-    *("bsr1x1@0.5", "bsr1x1@0.9", "bsr2x1@0.8", "bsr1x4@0.5", "bsr1x80@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
-    *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
+    *("bsr1x1@0.5", "bsr1x1@0.9", "bsr1x4@0.5", "bsr1x80@0.5", "bsr2x1@0.8", "bsr6x3@0.5"),
+    *("bsr4x1@0.5", "bsr8x8@0.5", "bsr16x1@0.75", "bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
 )
 SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67), (3, 301))
 
@@ -322,7 +322,8 @@ def sections_bsr_rows(
         for first, end in itertools.pairwise(crow):
             here = [b for b in range(first, end) if 0 <= columns[b] - segment0 < segment]
             order.append(order[-1] + len(here))
-            indices += [columns[b] - segment0 if panel_rows < 4 else columns[b] * cols for b in here]
+            for b in here:
+                indices.append(columns[b] - segment0 if panel_rows < 4 else columns[b] * cols)
             for row0 in range(0, rows, panel_rows):
                 for block in (blocks[b] for b in here):
                     panel = block[row0 : row0 + panel_rows]
@@ -569,11 +570,12 @@ def render_bsr(format: str, dtype: torch.dtype) -> list[str]:
     head = fields_of(data)
     crow = lines_of(numbers(data, head["order_offset"], 2, torch.int32), 2)
     narrow = format == "bsr_rows"
+    order = "order" if narrow else "crow "
     index_dtype = torch.uint8 if narrow else torch.int32
     columns = [str(v) for v in numbers(data, head["indices_offset"], 2, index_dtype)]
     values = numbers(data, head["values_offset"], 24, dtype)
     lines = [
-        f"byte {head['order_offset']}  {'order' if narrow else 'crow '}    {crow[0].replace('.', '0')}",
+        f"byte {head['order_offset']}  {order}    {crow[0].replace('.', '0')}",
         f"byte {head['indices_offset']}  indices  {' '.join(f'{c:>2}' for c in columns)}",
     ]
     panels = head["block_rows"] // head["panel_rows"] if narrow else 1
