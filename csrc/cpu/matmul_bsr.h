@@ -107,7 +107,7 @@ constexpr int bsr_rows_at_once(int panel_rows) {
 }
 template <class S>
 constexpr int bsr_max_vectors(int rows) {
-  return S::kRegisters == 32 ? (rows == 8 ? 3 : 6) : (rows == 4 ? 3 : 6);
+  return S::kRegisters == 32 ? (rows == 8 ? 3 : rows == 4 ? 6 : 8) : (rows == 4 ? 3 : 6);
 }
 
 template <class Op>
@@ -290,7 +290,7 @@ class BsrNarrowKernel {
   }
 
  private:
-  static constexpr int kMaxVectors = S::kRegisters == 32 ? 8 : 6;
+  static constexpr int kMaxVectors = bsr_max_vectors<S>(2);
   static constexpr int64_t kBytesAhead = 1024;
 
   using Micro = void(const uint8_t*, int64_t, const T*, int64_t, const float*, int64_t, float*,
