@@ -20,7 +20,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 bench regimes models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -135,8 +135,7 @@ $(VENV)/.cuda-tools: $(VENV)/.tools
 	$(PIP) install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
-CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h' \
-              'tests/simt/*.cc' 'tests/simt/*.h' 'tests/simt/*.cuh')
+CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh')
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .
