@@ -217,6 +217,36 @@ void test_order_of_blocks() {
   CHECK(caught<kNoBarrier>(Fault::kRace) >= int(kSeeds) / 2);
 }
 
+// Blocks add to one number in the order of their indices; the next one waits for its turn.
+template <bool kFence>
+__global__ void in_turn(int* turn, float* y) {
+  const int thread = ptx::thread_index(), block = ptx::block_index();
+  if (thread == 0) {
+    while (ptx::load_global_cg(turn) != block) {
+    }
+  }
+  ptx::sync_block();
+  ptx::store_global(y + thread, ptx::load_global_cg(y + thread) * 2 + float(block));
+  ptx::sync_block();
+  if (thread > 0) return;
+  if (kFence) ptx::fence_gpu();
+  ptx::atomic_add(turn, 1);
+}
+
+void test_turns() {
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    auto turn = Buffer<int>::in_out("turn", {0});
+    auto y = Buffer<float>::in_out("y", zeros(64));
+    simt::Launch launch = launch_of(4, 64, 0, seed);
+    launch.resident_blocks = 4;
+    simt::launch(launch, in_turn<true>, turn.data(), y.data());
+    for (size_t i = 0; i < 64; ++i) CHECK(y[i] == 11);
+    turn[0] = 0;
+    CHECK_FAULT(simt::launch(launch, in_turn<false>, turn.data(), y.data()), Fault::kRace,
+                "which block 0 has written");
+  }
+}
+
 void test_guard_zones() {
   const auto direct = +[](float* y, int i) {
     if (ptx::thread_index() == 0) y[i] = 1;
@@ -238,5 +268,6 @@ int main() {
   test_non_coherent();
   test_blocks_do_not_write_the_same();
   test_order_of_blocks();
+  test_turns();
   test_guard_zones();
 }
