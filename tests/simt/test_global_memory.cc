@@ -149,7 +149,15 @@ void test_blocks_do_not_write_the_same() {
   }
 }
 
-enum Sum { kCorrect, kNoFence, kNoBarrier, kNoAtomic, kFirstLevelCache, kFenceBeforeBarrier };
+enum Sum {
+  kCorrect,
+  kNoFence,
+  kNoBarrier,
+  kNoAtomic,
+  kFirstLevelCache,
+  kFencedLoad,
+  kFenceBeforeBarrier
+};
 
 // Each block writes its part; the last to arrive adds all of them up.
 template <Sum kVariant>
@@ -163,6 +171,7 @@ __global__ void sum_of_parts(float* parts, int* arrived, int* last, float* y) {
     if (kVariant != kNoFence && kVariant != kFenceBeforeBarrier) ptx::fence_gpu();
     int before = ptx::load_global_cg(last + block);
     if (kVariant != kNoAtomic) before = ptx::atomic_add(arrived, 1);
+    if (kVariant == kFencedLoad) ptx::fence_gpu();
     ptx::store_shared(flag, int(before == blocks - 1));
   }
   ptx::sync_block();
@@ -170,7 +179,8 @@ __global__ void sum_of_parts(float* parts, int* arrived, int* last, float* y) {
   float sum = 0;
   for (int i = 0; i < blocks; ++i) {
     const float* part = parts + i * 64 + thread;
-    sum += kVariant == kFirstLevelCache ? ptx::load_global(part) : ptx::load_global_cg(part);
+    constexpr bool kPlain = kVariant == kFirstLevelCache || kVariant == kFencedLoad;
+    sum += kPlain ? ptx::load_global(part) : ptx::load_global_cg(part);
   }
   ptx::store_global(y + thread, sum);
 }
@@ -209,6 +219,7 @@ void test_order_of_blocks() {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     CHECK(run_sum<kCorrect>(seed) == 21);
     CHECK(run_sum<kFenceBeforeBarrier>(seed) == 21);
+    CHECK(run_sum<kFencedLoad>(seed) == 21);
     CHECK_FAULT(run_sum<kNoFence>(seed), Fault::kRace, "no fence_gpu and atomic_add order the two");
     CHECK_FAULT(run_sum<kFirstLevelCache>(seed), Fault::kRace, "use load_global_cg");
   }
