@@ -42,7 +42,7 @@ void test_bounds_and_alignment() {
     ptx::ldmatrix_x2(to, ptx::shared_base() + uint32_t(ptx::thread_index() * 16 + offset));
   };
   passes(32, 256, matrices, 0);
-  fails(32, 256, Fault::kMisaligned, "a row's address must be a multiple of 16", matrices, 8);
+  fails(32, 256, Fault::kMisaligned, "a shared address that is a multiple of 16", matrices, 8);
   fails(32, 256, Fault::kOutOfBounds, "ldmatrix", matrices, 16);
 }
 

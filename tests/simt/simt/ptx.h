@@ -85,11 +85,7 @@ void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
       for (int row = 0; row < 8; ++row) {
         const int giver = matrix * 8 + row;
         rows[row] = lanes[giver]->address;
-        if (rows[row] % 16 != 0) {
-          warp.lane(giver).fail(
-              Fault::kMisaligned,
-              "a row's address must be a multiple of 16, got " + std::to_string(rows[row]));
-        }
+        warp.block->shared.check(warp.lane(giver), lanes[giver]->address, 16);
         // The lane that receives the four bytes reads them.
         for (int quad = 0; quad < 4; ++quad) {
           const int receiver = row * 4 + quad;
