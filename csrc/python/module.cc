@@ -218,13 +218,13 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("kernels", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string,
-                           std::string, bool, std::string, int>>
+                           std::string, bool, std::string, std::string>>
         list;
     for (int i = 0; i < sk_kernel_count(); ++i) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
       list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
-                        k.reason, k.device_type);
+                        k.reason, k.device_type == SK_CUDA ? "cuda" : "cpu");
     }
     return list;
   });
