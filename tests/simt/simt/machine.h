@@ -31,7 +31,7 @@ struct Launch {
   // Blocks that are under way at once, switching at random; another one starts where one ends.
   int resident_blocks = 2;
   // Of threads. A kernel that spins on something that never comes is stopped here.
-  uint64_t max_instructions = 500'000'000;
+  uint64_t max_instructions = 100'000'000;
 };
 
 // Small and fast, for decisions of the scheduler.
@@ -150,7 +150,6 @@ class Machine {
   void start_block(Block& block);
   void schedule();
   Thread& pick();
-  void resume(Thread& thread);
   static void thread_main(void* thread);
   void thread_exits(Thread& thread);
   bool join_collective(Thread& thread);
