@@ -381,6 +381,11 @@ def cuda_info(index: int) -> dict[str, Any]:
     return dict(_C.cuda_info(index))
 
 
+def cuda_version(version: int) -> str:
+    """13010 as "13.1"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def cuda_unavailable_reason() -> str:
     """Why the library sees no GPU, or ""."""
     if cuda_device_count():

@@ -159,9 +159,13 @@ def _new_workspace(device: torch.device) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix whose rows do not overlap and whose last dimension is contiguous."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = _matrix(x)
     stride, step = rows.stride()
     if step == 1 and (stride >= rows.shape[1] or rows.shape[0] <= 1):
         return rows
@@ -173,15 +177,16 @@ _ROW_ALIGNMENT = 16
 
 def _aligned_rows(x: Tensor) -> Tensor:
     """The same with every row on a multiple of 16 bytes, which the kernels on GPUs copy at once."""
-    rows = _rows(x)
-    m, k = rows.shape
-    size = rows.element_size()
-    apart = 0 if m <= 1 else rows.stride(0) * size
-    if rows.data_ptr() % _ROW_ALIGNMENT == 0 and apart % _ROW_ALIGNMENT == 0:
+    rows = _matrix(x)
+    (m, k), (stride, step), size = rows.shape, rows.stride(), rows.element_size()
+    if m <= 1:
+        stride = 0
+    elif stride < k:
+        step = 0
+    if step == 1 and rows.data_ptr() % _ROW_ALIGNMENT == 0 and stride * size % _ROW_ALIGNMENT == 0:
         return rows
     unit = _ROW_ALIGNMENT // size
-    aligned = x.new_empty((m, -(-k // unit) * unit))[:, :k]
-    return aligned.copy_(rows)
+    return x.new_empty((m, -(-k // unit) * unit))[:, :k].copy_(rows)
 
 
 def _linear_fake(

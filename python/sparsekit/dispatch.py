@@ -192,15 +192,13 @@ def _gpus() -> list[tuple[str, str]]:
                 f"{gpu['memory_bytes'] / 2**30:,.0f} GiB{bandwidth}",
             )
         )
-    driver, runtime = (_cuda_version(gpu[f"{part}_version"]) for part in ("driver", "runtime"))
+    driver, runtime = (
+        _native.cuda_version(gpu[f"{part}_version"]) for part in ("driver", "runtime")
+    )
     facts.append(("CUDA", f"driver for {driver}, runtime {runtime} built in"))
     if not torch.cuda.is_available():
         facts.append(("torch and GPUs", "this torch has no CUDA; install one that has"))
     return facts
-
-
-def _cuda_version(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

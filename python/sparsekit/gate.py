@@ -371,7 +371,7 @@ def machine_fingerprint(device: torch.device | None = None) -> str:
     """
     if device is not None and device.type == "cuda":
         gpu = _native.cuda_info(device.index)
-        driver = gpu["driver_version"]
+        driver = _native.cuda_version(gpu["driver_version"])
         parts = [str(gpu["name"]), f"{gpu['sm_count']} SMs", f"driver for CUDA {driver}"]
     else:
         cpu = _native.cpu_info()
