@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cuda_info.h"
 #include "core/parallel.h"
 #include "sparsekit/sparsekit.h"
 
@@ -264,6 +265,7 @@ PYBIND11_MODULE(_C, m) {
     check(sk_cuda_device_count(&count));
     return count;
   });
+  m.def("cuda_capture_id", [](uintptr_t stream) { return sk::cuda_capture_id(at(stream)); });
   m.def("cuda_info", [](int device) {
     sk_cuda_info info;
     check(sk_get_cuda_info(device, &info));

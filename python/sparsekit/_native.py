@@ -372,6 +372,11 @@ def cuda_device_count() -> int:
 
 
 @functools.cache
+def cuda_capture_id(stream: int) -> int:
+    """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
+    return int(_C.cuda_capture_id(stream))
+
+
 def cuda_info(index: int) -> dict[str, Any]:
     """Name, compute capability, sizes in bytes and versions of a GPU.
 
