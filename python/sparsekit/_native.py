@@ -21,6 +21,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
+CUDA_COUNTER_BYTES: int = _C.CUDA_COUNTER_BYTES
+"""Bytes at the start of a workspace that are zero before and after every call."""
+
 _DEVICE_TYPES = ("cpu", "cuda")
 _DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
 _PatternTuple = tuple[int, int, int, int, int, int]
@@ -300,8 +303,8 @@ def matmul_cuda(
         x: [m, k] as for `matmul`, rows on multiples of 16 bytes.
         data: a packed buffer on the GPU, whose `header` is on the host.
         stream: the cudaStream_t.
-        workspace: uint8, of the size that `cuda_info` says, zeroed before its first use; calls on
-            different streams need different ones.
+        workspace: uint8, of the size that `cuda_info` says, its first `CUDA_COUNTER_BYTES` zero;
+            calls that may run at the same time need different ones.
     """
     _C.matmul_cuda(
         x.shape[0],
@@ -372,11 +375,6 @@ def cuda_device_count() -> int:
 
 
 @functools.cache
-def cuda_capture_id(stream: int) -> int:
-    """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
-    return int(_C.cuda_capture_id(stream))
-
-
 def cuda_info(index: int) -> dict[str, Any]:
     """Name, compute capability, sizes in bytes and versions of a GPU.
 
