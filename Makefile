@@ -6,6 +6,7 @@
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
+#   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
 #   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
@@ -18,7 +19,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp test-aarch64 bench regimes models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp test-aarch64 bench regimes gpu-bench models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -26,6 +27,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REGIMES_ARGS ?=
+GPU_ARGS   ?=
+OUT        ?= build/gpu
 MODELS_ARGS ?=
 PEERS_PYTHON ?= python3.11
 
@@ -68,6 +71,10 @@ bench: $(VENV)/.extra-bench
 
 regimes: $(VENV)/.extra-bench
 	$(BIN)/python -m bench.regimes $(REGIMES_ARGS)
+
+# With the torch, CUDA compiler and tools that are there: nothing is installed but the package.
+gpu-bench:
+	PYTHON=$(PYTHON) bench/gpu.sh $(OUT) $(GPU_ARGS)
 
 models: $(VENV)/.extra-models
 	$(BIN)/python -m bench.models $(MODELS_ARGS)
