@@ -66,7 +66,8 @@ run() {
   esac
   if ((status)); then
     failed=1
-    tail -n 5 "$out/$log"
+    # ptxas has an opinion on every mma.sp.
+    grep -v 'Advisory:' "$out/$log" | tail -n 15
   fi
 }
 
@@ -93,7 +94,7 @@ sanitize() {
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
     run "compute-sanitizer: $tool" sanitize.log 120 \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.gpu_sample
+      compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 "$python" -m bench.gpu_sample
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
