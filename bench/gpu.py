@@ -56,15 +56,15 @@ class Layer:
     packed: sk.PackedWeight
 
 
-def _random(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(shape[0])
+def _random(shape: tuple[int, int], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 @cache
 def random_layer(n: int, k: int, pattern: str, dtype: torch.dtype, device: torch.device) -> Layer:
     """A layer; those of all cases fit into the memory of a large GPU together."""
-    weight = _random((n, k), dtype, device)
+    weight = _random((n, k), 0, dtype, device)
     mask = sk.mask(weight, pattern)
     weight.masked_fill_(~mask, 0)
     return Layer(weight, sk.pack(weight, pattern, mask))
@@ -163,7 +163,7 @@ class Bench:
         dtype = job.regime.dtype
         layer = random_layer(job.n, job.k, job.regime.pattern, dtype, self._device)
         weight, packed = layer.weight, layer.packed
-        x = _random((job.m, job.k), dtype, self._device)
+        x = _random((job.m, job.k), 1, dtype, self._device)
         reference = Reference(x, weight)
         kernels = candidates(packed, job.m, self._device, self._options.kernels)
 
