@@ -3,8 +3,10 @@
 #
 #   make demo        build, then prune, convert and measure a real model   (DEMO_ARGS=--quick: short form)
 #   make test        all tests: pytest (TEST_ARGS=...) and the C++ programs
+#   make simt        the CUDA sources on the emulator that runs them without a GPU
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
+#   make cuda-report compiles the CUDA kernels for every GPU; registers, spills, instructions: docs/cuda_kernels.md
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
 #   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
@@ -19,7 +21,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp test-aarch64 bench regimes gpu-bench models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes gpu-bench models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -30,6 +32,8 @@ REGIMES_ARGS ?=
 GPU_ARGS   ?=
 OUT        ?= build/gpu
 MODELS_ARGS ?=
+# GPUs that development builds compile for: native, a list such as "80;90", or all (minutes). Wheels get all.
+CUDA_ARCHITECTURES ?= 80
 PEERS_PYTHON ?= python3.11
 
 BIN := $(VENV)/bin
@@ -52,9 +56,11 @@ $(VENV)/.tools: constraints.txt
 	@command -v ninja >/dev/null || $(PIP) install --quiet ninja
 	touch $@
 
+CUDA_FOR = --config-settings='cmake.define.SPARSEKIT_CUDA_ARCHITECTURES=$(1)'
+
 # $(VENV)/.extra-<name>: the package, editable, with one of its extras. Rebuilds what changed.
 $(VENV)/.extra-%: $(VENV)/.tools pyproject.toml $(NATIVE)
-	$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	$(PIP) install --quiet --no-build-isolation $(call CUDA_FOR,$(CUDA_ARCHITECTURES)) --editable '.[$*]'
 	touch $@
 
 dev: $(VENV)/.extra-dev
@@ -97,11 +103,16 @@ test-python: $(VENV)/.extra-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
-CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON
+CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON \
+  '-DSPARSEKIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
 
 test-cpp: $(VENV)/.tools
 	$(call CONFIGURE,cpp)
 	$(call CTEST,cpp)
+
+simt: $(VENV)/.tools
+	$(call CONFIGURE,cpp)
+	$(call CTEST,cpp) -R simt
 
 # Once with every feature that the emulator has and once as a CPU without bf16. The first run compares
 # every kernel with its reference, those for NEON too; the second one looks at the choice among them.
@@ -119,8 +130,19 @@ sanitize: $(VENV)/.tools
 	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
 	$(call CTEST,tsan)
 
-CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/cpp/*.cc' 'tests/cpp/*.h' \
-              'tests/simt/*.cc' 'tests/simt/*.h' 'tests/simt/*.cuh')
+# One architecture of each kind that has code of its own. Objects only: nothing else of the library is compiled.
+CUDA_REPORT_ARCHITECTURES ?= 80;87;90a;110;120
+CUDA_OBJECTS = $(patsubst %,CMakeFiles/sparsekit.dir/%.o,$(wildcard csrc/cuda/*.cu))
+cuda-report: $(VENV)/.cuda-tools
+	cmake -G Ninja -S . -B build/cuda -DSPARSEKIT_CUDA=ON '-DSPARSEKIT_CUDA_ARCHITECTURES=$(CUDA_REPORT_ARCHITECTURES)'
+	ninja -C build/cuda $(CUDA_OBJECTS)
+	$(BIN)/python -m bench.cuda_report $(addprefix build/cuda/,$(CUDA_OBJECTS)) --out docs/cuda_kernels.md
+
+$(VENV)/.cuda-tools: $(VENV)/.tools
+	$(PIP) install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
+
+CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh')
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .
@@ -144,7 +166,7 @@ docs: $(VENV)/.extra-docs
 
 wheel: $(VENV)/.tools
 	rm -rf dist
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,all) --wheel-dir dist .
 
 clean:
 	rm -rf build dist docs/_build

@@ -52,7 +52,7 @@ def kernel_cases() -> Iterator[Case]:
     """Every kernel of the registry this CPU can run, on one shape, by each pattern it reads."""
     dtypes = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
     for kernel in sk.kernels():
-        if kernel.device != "cpu" or not kernel.available or dtypes[kernel.dtype] not in DTYPES:
+        if not kernel.available or kernel.device != "cpu" or dtypes[kernel.dtype] not in DTYPES:
             continue
         for text in PATTERNS:
             pattern = sk.parse_pattern(text)

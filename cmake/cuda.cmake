@@ -26,8 +26,8 @@ function(sparsekit_find_cuda reason)
     include(CheckLanguage)
     check_language(CUDA)
     if(NOT CMAKE_CUDA_COMPILER)
-      set(${reason} "no CUDA compiler that works; install nvcc ${SPARSEKIT_CUDA_MINIMUM} or later, set \
-CUDACXX=/path/to/nvcc" PARENT_SCOPE)
+      set(${reason} "no CUDA compiler that works; install nvcc ${SPARSEKIT_CUDA_MINIMUM} or later, or name it \
+with CUDACXX=/path/to/nvcc" PARENT_SCOPE)
     endif()
   endif()
 endfunction()

@@ -297,21 +297,31 @@ def sections_bsr_rows(
 ) -> Sections:
     assert isinstance(pattern, BlockSparse)
     rows, cols = pattern.block_shape
+    n, k = len(bits), len(bits[0])
     crow, columns, blocks = bsr_blocks(pattern, bits, kept)
     panel_rows = max(p for p in (16, 8, 4, 2, 1) if rows % p == 0)
-    values = []
-    for first, end in itertools.pairwise(crow):
-        for row0 in range(0, rows, panel_rows):
-            for block in blocks[first:end]:
-                panel = block[row0 : row0 + panel_rows]
-                if size == 2 and cols % 2 == 0:
-                    values += [
-                        row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
-                    ]
-                else:
-                    values += [row[c] for c in range(cols) for row in panel]
-    starts = words(4, [column * cols for column in columns])
-    return Sections(words(4, crow), starts, words(size, values), panel_rows, len(blocks))
+    segment = up(k, cols)
+    if panel_rows < 4:
+        wish = 24 * n * k // max(1, len(blocks) * rows * cols)
+        segment = 2 * up(min(max(wish, 64), 256), 2 * cols)
+    order, indices, values = [0], [], []
+    for segment0 in range(0, up(k, cols), segment):
+        for first, end in itertools.pairwise(crow):
+            here = [b for b in range(first, end) if 0 <= columns[b] - segment0 < segment]
+            order.append(order[-1] + len(here))
+            for b in here:
+                indices.append(columns[b] - segment0 if panel_rows < 4 else columns[b] * cols)
+            for row0 in range(0, rows, panel_rows):
+                for block in (blocks[b] for b in here):
+                    panel = block[row0 : row0 + panel_rows]
+                    if size == 2 and cols % 2 == 0:
+                        values += [
+                            row[c + i] for c in range(0, cols, 2) for row in panel for i in (0, 1)
+                        ]
+                    else:
+                        values += [row[c] for c in range(cols) for row in panel]
+    index_bytes = words(1 if panel_rows < 4 else 4, indices)
+    return Sections(words(4, order), index_bytes, words(size, values), panel_rows, len(blocks))
 
 
 def mma_tile(element: Callable[[int, int], int]) -> list[int]:

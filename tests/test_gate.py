@@ -137,8 +137,8 @@ def test_every_property_of_a_problem_counts(
     expected = 9 if packed.format != "nm" else 8
     assert len(counted) == expected
     for change in (
-        ("machine_fingerprint", lambda: "another machine"),
-        ("machine_fingerprint", lambda: "a third machine"),
+        ("machine_fingerprint", lambda device: "another machine"),
+        ("machine_fingerprint", lambda device: "a third machine"),
     ):
         monkeypatch.setattr(gate, *change)
         VerdictCache().judge(packed, 4)

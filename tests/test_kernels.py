@@ -1,4 +1,4 @@
-"""Every kernel of the registry that this machine can run, against exact and float64 references."""
+"""Every kernel of the registry that this CPU can run, against exact and float64 references."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def accepts(kernel: KernelInfo, pattern: str, m: int, n: int = 64, k: int = 128)
     return any(candidate.kernel == kernel.name and candidate.ok for candidate in candidates)
 
 
-AVAILABLE = [info for info in _native.kernels() if info.available and info.op == "matmul"]
+AVAILABLE = [
+    info
+    for info in _native.kernels()
+    if info.available and info.op == "matmul" and info.device == "cpu"
+]
 CASES = [
     (kernel, pattern)
     for kernel, pattern in itertools.product(AVAILABLE, PATTERNS)

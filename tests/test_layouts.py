@@ -20,10 +20,11 @@ README = Path(__file__).parent.parent / "csrc" / "layout" / "README.md"
 
 PATTERNS = (
     *("1:2", "1:4", "2:4", "3:4", "3:8", "4:8", "5:16", "2:4v4", "1:4v8", "4:8v16", "7:16v4"),
-    *("bsr1x1@0.5", "bsr1x4@0.5", "bsr4x1@0.5", "bsr16x1@0.75", "bsr6x3@0.5", "bsr8x8@0.5"),
-    *("bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3", "bsr32x16@0.5", "bsr16x128@0.5"),
+    *("bsr1x1@0.5", "bsr1x1@0.9", "bsr1x4@0.5", "bsr1x80@0.5", "bsr2x1@0.8", "bsr6x3@0.5"),
+    *("bsr4x1@0.5", "bsr8x8@0.5", "bsr16x1@0.75", "bsr16x16@0.5", "bsr48x2@0.3", "bsr64x64@0.3"),
+    *("bsr32x16@0.5", "bsr16x128@0.5"),
 )
-SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67))
+SHAPES = ((1, 1), (5, 9), (17, 33), (50, 67), (3, 301))
 
 
 # ---- the bytes are the library's -----------------------------------------------------------------
@@ -221,17 +222,20 @@ def render_bsr(format: str, dtype: torch.dtype) -> list[str]:
     data = example(BSR_EXAMPLE, dtype, format)
     head = fields_of(data)
     crow = lines_of(numbers(data, head["order_offset"], 2, torch.int32), 2)
-    columns = [str(v) for v in numbers(data, head["indices_offset"], 2, torch.int32)]
+    narrow = format == "bsr_rows"
+    order = "order" if narrow else "crow "
+    index_dtype = torch.uint8 if narrow else torch.int32
+    columns = [str(v) for v in numbers(data, head["indices_offset"], 2, index_dtype)]
     values = numbers(data, head["values_offset"], 24, dtype)
     lines = [
-        f"byte {head['order_offset']}  crow     {crow[0].replace('.', '0')}",
+        f"byte {head['order_offset']}  {order}    {crow[0].replace('.', '0')}",
         f"byte {head['indices_offset']}  indices  {' '.join(f'{c:>2}' for c in columns)}",
     ]
-    panels = head["block_rows"] // head["panel_rows"] if format == "bsr_rows" else 1
+    panels = head["block_rows"] // head["panel_rows"] if narrow else 1
     width = len(values) // panels // 2
     for at, row in enumerate(lines_of(values, width)):
         place = f"byte {head['values_offset']}  values " if at == 0 else " " * 17
-        label = f"panel {at // 2}  block {at % 2}" if format == "bsr_rows" else f"block {at}"
+        label = f"panel {at // 2}  block {at % 2}" if narrow else f"block {at}"
         lines.append(f"{place}  {label}  {row}")
     return [*lines, f"byte {head['bytes']}  end"]
 

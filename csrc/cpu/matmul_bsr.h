@@ -2,8 +2,8 @@
 // (Op).
 //
 // Many tokens (tiles.h): the rows of a panel share their columns, so each load of x serves up to
-// eight rows. Few tokens (decode, m <= 8, panels of 16 rows): rows in the lanes, one broadcast of x
-// a step.
+// eight rows. Narrow panels, of one or two rows, load x for nearly every multiply-add. Few tokens
+// (decode, m <= 8, panels of 16 rows): rows in the lanes, one broadcast of x a step.
 #pragma once
 #include <array>
 #include <cstring>
@@ -50,8 +50,8 @@ const T* reload(const T* p) {
 }
 
 // acc[r][token] += W[rows of the panel from `row` on][..] x for the blocks that start at columns below
-// `column1`; returns where it stopped. `fetch` are the values that come next, asked for step by step
-// where there are rows enough to hide that: all at once would fill the queue of misses.
+// `column1`; returns where it stopped. `fetch` are the values that come next, asked for step by step:
+// all at once would fill the queue of misses.
 template <class Op, int kRows, int kVectors>
 const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32_t column1,
                           const typename Op::Element* values, int64_t block_steps,
@@ -73,7 +73,7 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 #pragma GCC unroll 2
       for (int column = 0; column < Op::kVectorsOfX; ++column, from += kWidth) {
         values = reload(values);
-        if (kRows >= 4) __builtin_prefetch(fetch), fetch += Op::kColumns * panel_rows;
+        __builtin_prefetch(fetch), fetch += Op::kColumns * panel_rows;
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const auto w = Op::template weight<kRows>(values, step, panel_rows, r, column);
@@ -91,14 +91,12 @@ const uint32_t* bsr_micro(const uint32_t* start, const uint32_t* row_end, uint32
 
 // Columns of a block of the tile. Where rows of W share every load of x, its panel may lie in L2 and
 // the block is as long as sums may be: about 32 terms in f32 and 64 where the result is rounded to 16
-// bits, which is more columns the sparser W is. Panels of one or two rows load x for nearly every
-// multiply-add: theirs is a little more than L1 holds, as beginning a row anew costs time too.
+// bits, which is more columns the sparser W is.
 inline int64_t bsr_block_columns(const PackedHeader& h) {
   const int64_t cols = h.pattern.block_cols;
   const double kept = double(h.nnzb) * h.pattern.block_rows * double(cols);
   const int terms = h.dtype == SK_F32 ? 32 : 64;
-  double columns = terms * double(h.n) * double(h.k) / std::max(kept, 1.0);
-  if (h.panel_rows < 4) columns = std::min(columns, double(cpu_info().l1d_bytes) / 256);
+  const double columns = terms * double(h.n) * double(h.k) / std::max(kept, 1.0);
   return ceil_div(int64_t(std::min(std::max(columns, 128.0), 2048.0)), 2 * cols) * 2 * cols;
 }
 
@@ -154,7 +152,6 @@ class BsrTileKernel {
         const int64_t first = crow_[u + ahead], at = next[ahead];
         fetch += first * block_rows * cols + (at - first) * cols * panel_rows;
         prefetch(starts_ + at, 0, 128);
-        if (panel_rows < 4) prefetch(fetch, 0, 128);
       }
       const uint32_t *begin = starts_ + *next, *row_end = starts_ + crow_[u + 1], *end = begin;
       const T* values =
@@ -190,18 +187,7 @@ class BsrTileKernel {
   static Table pick() {
     return make<kRows>(std::make_integer_sequence<int, bsr_max_vectors<S>(kRows)>{});
   }
-  Table table() const {
-    switch (rows()) {
-      case 8:
-        return pick<bsr_rows_at_once<S>(8)>();
-      case 4:
-        return pick<4>();
-      case 2:
-        return pick<2>();
-      default:
-        return pick<1>();
-    }
-  }
+  Table table() const { return rows() == 8 ? pick<bsr_rows_at_once<S>(8)>() : pick<4>(); }
 
   const PackedHeader& h_;
   const int32_t* crow_;
@@ -209,9 +195,127 @@ class BsrTileKernel {
   const T* values_;
 };
 
+// ---- narrow panels ----
+
+// acc[r][token] += W[row r of the panel][..] x for `count` blocks of a segment, `x_per_block` floats of
+// x from each other.
+template <class Op, int kRows, int kVectors>
+void bsr_narrow_micro(const uint8_t* blocks, int64_t count, const typename Op::Element* values,
+                      int64_t block_steps, const float* x, int64_t x_per_block, float* acc,
+                      bool first) {
+  using S = typename Op::Isa;
+  constexpr int L = S::kLanes, kWidth = kVectors * L;
+  typename S::V sum[kRows][kVectors];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) sum[r][i] = S::zero();
+  }
+  const auto multiply = [&](const float* from) {
+#pragma GCC unroll 2
+    for (int column = 0; column < Op::kVectorsOfX; ++column) {
+      values = reload(values);
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        const auto w = Op::template weight<kRows>(values, 0, kRows, r, column);
+#pragma GCC unroll 16
+        for (int i = 0; i < kVectors; ++i)
+          sum[r][i] = Op::mac(w, from + (column * kVectors + i) * L, sum[r][i]);
+      }
+    }
+    values += Op::kColumns * kRows;
+  };
+  if (block_steps == 1) {
+    for (const uint8_t* end = blocks + count; blocks != end; ++blocks)
+      multiply(x + *blocks * x_per_block);
+  } else {
+    for (const uint8_t* end = blocks + count; blocks != end; ++blocks) {
+      const float* from = x + *blocks * x_per_block;
+      for (int64_t step = 0; step < block_steps; ++step, from += Op::kVectorsOfX * kWidth)
+        multiply(from);
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) add_block<S, kVectors>(acc + r * kWidth, sum[r], first);
+}
+
+template <class Op>
+class BsrNarrowKernel {
+ public:
+  using S = typename Op::Isa;
+  using T = typename Op::Element;
+
+  explicit BsrNarrowKernel(const PackedWeight& weight)
+      : h_(*weight.header),
+        segment_blocks_(bsr_segment_blocks(h_)),
+        block_rows_(ceil_div(h_.n, h_.pattern.block_rows)),
+        order_(weight.section<int32_t>(h_.order_offset)),
+        blocks_(weight.indices<uint8_t>()),
+        values_(weight.values<T>()) {}
+
+  TileShape shape() const {
+    const int64_t cols = h_.pattern.block_cols;
+    return {kMaxVectors,
+            block_rows_,
+            h_.pattern.block_rows,
+            round_up(round_up(h_.k, cols), 2),
+            2 * Op::kVectorsOfX / Op::kColumns,
+            segment_blocks_ * cols};
+  }
+
+  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+    Op::pack(call, token0, vectors, shape().columns, panel);
+  }
+
+  void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t, const float* x, int vectors,
+               float* acc) const {
+    const std::make_integer_sequence<int, kMaxVectors> widths{};
+    Micro* const micro =
+        (h_.panel_rows == 2 ? table<2>(widths) : table<1>(widths))[size_t(vectors - 1)];
+    const int64_t rows = h_.pattern.block_rows, cols = h_.pattern.block_cols,
+                  panels = rows / h_.panel_rows, steps = cols / Op::kColumns,
+                  x_per_block = steps * Op::kVectorsOfX * vectors * S::kLanes;
+    const int32_t* order = order_ + column0 / (segment_blocks_ * cols) * block_rows_;
+    for (int64_t u = unit0; u < unit1; ++u) {
+      const int64_t first = order[u], count = order[u + 1] - first;
+      const T* values = values_ + first * rows * cols;
+      prefetch(blocks_ + first + kBytesAhead / 4, 0, 64);
+      prefetch(values, kBytesAhead, kBytesAhead + count * rows * cols * int64_t(sizeof(T)));
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        micro(blocks_ + first, count, values, steps, x, x_per_block, acc, column0 == 0);
+        values += count * cols * h_.panel_rows;
+        acc += int64_t(h_.panel_rows) * vectors * S::kLanes;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMaxVectors = bsr_max_vectors<S>(2);
+  static constexpr int64_t kBytesAhead = 1024;
+
+  using Micro = void(const uint8_t*, int64_t, const T*, int64_t, const float*, int64_t, float*,
+                     bool);
+  template <int kRows, int... kIndex>
+  static std::array<Micro*, kMaxVectors> table(std::integer_sequence<int, kIndex...>) {
+    return {&bsr_narrow_micro<Op, kRows, kIndex + 1>...};
+  }
+
+  const PackedHeader& h_;
+  int64_t segment_blocks_, block_rows_;
+  const int32_t* order_;
+  const uint8_t* blocks_;
+  const T* values_;
+};
+
 template <class Op>
 void run_bsr(const MatmulCall& call) {
-  run_tiles<typename Op::Isa, typename Op::Element>(call, BsrTileKernel<Op>(call.weight));
+  using S = typename Op::Isa;
+  using T = typename Op::Element;
+  if (bsr_narrow(call.weight.header->panel_rows)) {
+    run_tiles<S, T>(call, BsrNarrowKernel<Op>(call.weight));
+  } else {
+    run_tiles<S, T>(call, BsrTileKernel<Op>(call.weight));
+  }
 }
 
 template <class S, class T>

@@ -7,9 +7,28 @@
 namespace sk {
 namespace {
 
+// Which of the six pairs each of the 16 rows of a panel kept in a group: its word's nibbles as bytes,
+// row by row, looked up in the table.
+inline void pairs_of_rows(uint64_t word, uint8_t* pairs) {
+  // Bytes 0 to 3 of the shifted word hold the rows 0, 4, 8, 12, then 1, 5, ..., 2, ... and 3, ...
+  const __m128i place = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  alignas(16) static constexpr auto kTable = [] {
+    std::array<uint8_t, 16> table{};
+    for (int nibble = 0; nibble < 16; ++nibble)
+      table[size_t(nibble)] = uint8_t(pair_table() >> (4 * nibble) & 15);
+    return table;
+  }();
+  const __m128i shifted = _mm_srlv_epi64(_mm_set1_epi64x(int64_t(word)), _mm_set_epi64x(4, 0));
+  const __m128i nibbles = _mm_shuffle_epi8(_mm_and_si128(shifted, _mm_set1_epi8(15)), place);
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kTable.data()));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(pairs), _mm_shuffle_epi8(table, nibbles));
+}
+
+// Rows with a position of their own find it among `pairs`; where four share one, taking it from its
+// word costs less than bytes for all.
 template <int kRows, int kShare, int kVectors>
-void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t groups, const float* x,
-               float* acc, bool first) {
+void dot_micro(const uint64_t* words, const uint8_t* pairs, const bf16* values, int row,
+               int64_t groups, const float* x, float* acc, bool first) {
   constexpr int kWidth = kVectors * 16;
   constexpr uint64_t kTable = pair_table();
   __m512 sum[kRows][kVectors];
@@ -21,8 +40,10 @@ void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t group
   for (int64_t g = 0; g < groups; ++g, x += kPairs * kWidth, values += 2 * kRows16) {
 #pragma GCC unroll 8
     for (int q = 0; q < kRows; q += kShare) {
-      const uint64_t nibble = words[g] >> nibble_shift(row + q) & 15;
-      const float* from = x + (kTable >> (4 * nibble) & 15) * kWidth;
+      const uint64_t pair = kShare == 1
+                                ? pairs[g * kRows16 + row + q]
+                                : kTable >> (4 * (words[g] >> nibble_shift(row + q) & 15)) & 15;
+      const float* from = x + pair * kWidth;
       for (int r = q; r < q + kShare; ++r) {
         const __m512i w = broadcast_word(values + (row + r) * 2);
 #pragma GCC unroll 16
@@ -35,9 +56,7 @@ void dot_micro(const uint64_t* words, const bf16* values, int row, int64_t group
 }
 
 // The dot product's latency is higher than a multiply-add's: at least twelve independent sums.
-constexpr int rows_at_once(int share, int vectors) {
-  return vectors <= 3 ? 8 : vectors <= 5 || share == 4 ? 4 : 2;
-}
+constexpr int rows_at_once(int vectors) { return vectors <= 3 ? 8 : 4; }
 
 class NmDotKernel {
  public:
@@ -48,9 +67,8 @@ class NmDotKernel {
         values_(weight.values<bf16>()) {}
 
   TileShape shape() const {
-    return {
-        share() == 4 ? 6 : 8, r_.panels,      kRows16,
-        r_.groups * 4,        kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns};
+    return {kMaxVectors,   r_.panels,      kRows16,
+            r_.groups * 4, kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
@@ -74,30 +92,35 @@ class NmDotKernel {
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
     const int64_t group0 = column0 / 4, groups = (column1 - column0) / 4;
-    const int rows = rows_at_once(share(), vectors);
-    Micro* const micro =
-        (share() == 4 ? make<4>(std::make_integer_sequence<int, 6>{})
-                      : make<1>(std::make_integer_sequence<int, 8>{}))[size_t(vectors - 1)];
+    const int rows = rows_at_once(vectors);
+    const std::make_integer_sequence<int, kMaxVectors> widths{};
+    Micro* const micro = (share() == 4 ? make<4>(widths) : make<1>(widths))[size_t(vectors - 1)];
     for (int64_t p = panel0; p < panel1; ++p) {
       const uint64_t* words = words_ + p * r_.words + group0;
       const bf16* values = values_ + (p * r_.pairs + group0) * 2 * kRows16;
       const int64_t next = r_.pairs * 2 * kRows16,
                     segment = groups * 2 * kRows16 * int64_t(sizeof(bf16));
+      uint8_t pairs[kNmBlockColumns / 4 * kRows16];
+      if (share() == 1) {
+        for (int64_t g = 0; g < groups; ++g) pairs_of_rows(words[g], pairs + g * kRows16);
+      }
       for (int row = 0; row < kRows16; row += rows) {
         prefetch<false>(values + next, segment * row / kRows16, segment * (row + rows) / kRows16);
         if (row == 0) prefetch<false>(words + r_.words, 0, groups * 8);
-        micro(words, values, row, groups, x, acc, column0 == 0);
+        micro(words, pairs, values, row, groups, x, acc, column0 == 0);
         acc += int64_t(rows) * vectors * 16;
       }
     }
   }
 
  private:
-  using Micro = void(const uint64_t*, const bf16*, int, int64_t, const float*, float*, bool);
+  using Micro = void(const uint64_t*, const uint8_t*, const bf16*, int, int64_t, const float*,
+                     float*, bool);
+  static constexpr int kMaxVectors = 6;
 
   template <int kShare, int... kIndex>
-  static std::array<Micro*, 8> make(std::integer_sequence<int, kIndex...>) {
-    return {&dot_micro<rows_at_once(kShare, kIndex + 1), kShare, kIndex + 1>...};
+  static std::array<Micro*, kMaxVectors> make(std::integer_sequence<int, kIndex...>) {
+    return {&dot_micro<rows_at_once(kIndex + 1), kShare, kIndex + 1>...};
   }
   int share() const { return h_.pattern.vector >= 4 ? 4 : 1; }
 

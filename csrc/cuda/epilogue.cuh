@@ -11,9 +11,9 @@ namespace sk::cuda {
 enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
 struct EpilogueParams {
-  uint16_t* y;               // [m, n]
-  const uint16_t* bias;      // [n] or null
-  const uint16_t* residual;  // [m, n] or null
+  uint16_t* y;                                // [m, n]
+  const uint16_t* bias;                       // [n] or null
+  const uint16_t* residual;                   // [m, n] or null
   int64_t y_row_stride, residual_row_stride;  // in elements
   int64_t m;
   int n;
@@ -71,8 +71,8 @@ SK_DEVICE void finish_eight(const EpilogueParams& p, uint32_t sum, int64_t token
   activate(v, p.activation);
   if (p.residual) add(p.residual + token * p.residual_row_stride + row);
   ptx::store_global(reinterpret_cast<uint4*>(p.y + token * p.y_row_stride + row),
-                    uint4{ptx::pack2<T>(v[0], v[1]), ptx::pack2<T>(v[2], v[3]), ptx::pack2<T>(v[4], v[5]),
-                          ptx::pack2<T>(v[6], v[7])});
+                    uint4{ptx::pack2<T>(v[0], v[1]), ptx::pack2<T>(v[2], v[3]),
+                          ptx::pack2<T>(v[4], v[5]), ptx::pack2<T>(v[6], v[7])});
 }
 
 // Floats of shared memory from one token to the next: the lanes 4g + q that write rows g of tokens 2q meet
@@ -85,8 +85,8 @@ constexpr int kEpilogueBytes = kTokens * kEpilogueStride<kRows> * 4;
 // Sums of a warp, as mma_m16n8k16 leaves them: kRowTiles x 16 rows from `row`, kTokenTiles x 8 tokens from
 // `token`. `shared`: kEpilogueBytes, the warp's own.
 template <class T, int kRowTiles, int kTokenTiles>
-SK_DEVICE void store_tile(const EpilogueParams& p, const float (&sums)[kRowTiles][kTokenTiles][4], int row,
-                          int64_t token, uint32_t shared) {
+SK_DEVICE void store_tile(const EpilogueParams& p, const float (&sums)[kRowTiles][kTokenTiles][4],
+                          int row, int64_t token, uint32_t shared) {
   constexpr int kRows = kRowTiles * 16, kStride = kEpilogueStride<kRows> * 4;
   const int lane = ptx::thread_index() % 32;
   const uint32_t mine = shared + uint32_t(lane % 4 * 2 * kStride + lane / 4 * 4);
@@ -96,7 +96,8 @@ SK_DEVICE void store_tile(const EpilogueParams& p, const float (&sums)[kRowTiles
     for (int j = 0; j < kTokenTiles; ++j) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        ptx::store_shared(mine + uint32_t((8 * j + r % 2) * kStride + (16 * i + r / 2 * 8) * 4), sums[i][j][r]);
+        ptx::store_shared(mine + uint32_t((8 * j + r % 2) * kStride + (16 * i + r / 2 * 8) * 4),
+                          sums[i][j][r]);
       }
     }
   }
@@ -113,7 +114,8 @@ SK_DEVICE void store_tile(const EpilogueParams& p, const float (&sums)[kRowTiles
       finish_eight<T>(p, sum, token + t, row + r);
     } else {
 #pragma unroll 1
-      for (int e = 0; e < 8 && r + e < rows; ++e) finish_one<T>(p, sum + uint32_t(e * 4), token + t, row + r + e);
+      for (int e = 0; e < 8 && r + e < rows; ++e)
+        finish_one<T>(p, sum + uint32_t(e * 4), token + t, row + r + e);
     }
   }
 }

@@ -22,15 +22,19 @@ struct TileKernel {
 
   static std::string refusal(const Problem& p) {
     const std::string why = Family::refusal(p, Tile::kRows);
-    if (!why.empty() || blocks_per_sm(kShape, *p.gpu) > 0) return why;
-    return concat("needs ", kShape.shared_bytes >> 10, " KiB of shared memory for a block, the GPU has ",
-                  p.gpu->shared_per_block >> 10);
+    if (!why.empty()) return why;
+    if (blocks_per_sm(kShape, *p.gpu) == 0) {
+      return concat("needs ", kShape.shared_bytes >> 10,
+                    " KiB of shared memory for a block, the GPU has ",
+                    p.gpu->shared_per_block >> 10);
+    }
+    // Tile::kRows x 64 weights are a stage; one token tile has to fit into a launch.
+    return stages(p).all < kLongestLine ? ""
+                                        : "the weight has 2^31 stages or more; split it along n";
   }
 
   static double cost(const Problem& p) {
-    const double kept = p.kept_share() * double(p.n) * double(p.k);
-    return cost_us(kShape, Family::stages(p.n, p.k, kept, Tile::kRows), p.m, Family::bytes(kept), p.n, p.k,
-                   *p.gpu);
+    return cost_us(kShape, stages(p), p.m, Family::bytes(kept(p)), p.n, p.k, *p.gpu);
   }
 
   static void run(const MatmulCall& call) {
@@ -42,7 +46,8 @@ struct TileKernel {
     const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
     MatmulParams p{};
     p.weight = call.weight.base;
-    p.values_offset = h.values_offset, p.indices_offset = h.indices_offset, p.order_offset = h.order_offset;
+    p.values_offset = h.values_offset, p.indices_offset = h.indices_offset,
+    p.order_offset = h.order_offset;
     p.x_row_stride = call.x_row_stride;
     p.k = int(call.k);
     p.epilogue.bias = static_cast<const uint16_t*>(call.bias);
@@ -50,34 +55,39 @@ struct TileKernel {
     p.epilogue.residual_row_stride = call.residual_row_stride;
     p.epilogue.n = int(call.n);
     p.epilogue.activation = call.activation;
-    p.epilogue.aligned =
-        y_alignment % 8 == 0 && (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
+    p.epilogue.aligned = y_alignment % 8 == 0 &&
+                         (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
     p.counters = static_cast<int*>(call.workspace);
     p.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCudaCounterBytes);
     for (int64_t token = 0; token < call.m;) {
       const Plan plan = cuda::plan(kShape, stages, call.m - token, *call.gpu);
       p.x = static_cast<const uint16_t*>(call.x) + token * call.x_row_stride;
       p.epilogue.y = static_cast<uint16_t*>(call.y) + token * call.y_row_stride;
-      p.epilogue.residual =
-          call.residual ? static_cast<const uint16_t*>(call.residual) + token * call.residual_row_stride : nullptr;
+      p.epilogue.residual = call.residual ? static_cast<const uint16_t*>(call.residual) +
+                                                token * call.residual_row_stride
+                                          : nullptr;
       p.epilogue.m = plan.tokens;
       p.token_tiles = plan.token_tiles;
       p.whole_tiles = plan.whole_tiles;
       matmul_mma<Tile, WeightsOf>
-          <<<plan.blocks, Tile::kThreads, Shared::kBytes, static_cast<cudaStream_t>(call.stream)>>>(p);
+          <<<plan.blocks, Tile::kThreads, Shared::kBytes, static_cast<cudaStream_t>(call.stream)>>>(
+              p);
       check_cuda(cudaGetLastError(), "launching a matmul kernel");
       token += plan.tokens;
     }
   }
 
  private:
+  static double kept(const Problem& p) { return p.kept_share() * double(p.n) * double(p.k); }
+  static Stages stages(const Problem& p) { return Family::stages(p.n, p.k, kept(p), Tile::kRows); }
+
   // A block gets more than 48 KiB only where it was asked for, once on each device.
   static void allow_shared_memory(int device) {
     static std::atomic<uint64_t> allowed{0};
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && allowed.load(std::memory_order_relaxed) & bit) return;
-    check_cuda(cudaFuncSetAttribute(matmul_mma<Tile, WeightsOf>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Shared::kBytes),
+    check_cuda(cudaFuncSetAttribute(matmul_mma<Tile, WeightsOf>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes),
                "asking for shared memory");
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }

@@ -24,12 +24,13 @@ struct Bsr {
 
 }  // namespace
 
-#define SK_KERNEL(dtype, T, rows, tokens, warps_rows, warps_tokens, stages, blocks, about)         \
-  extern const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens;                 \
-  const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens =                       \
+#define SK_KERNEL(dtype, T, rows, tokens, warps_rows, warps_tokens, stages, blocks, about)     \
+  extern const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens;                \
+  const KernelFunctions matmul_bsr_mma_##dtype##_sm80_##rows##x##tokens =                      \
       cuda::tile_kernel<cuda::Tile<T, rows, tokens, warps_rows, warps_tokens, stages, blocks>, \
                         cuda::BsrWeights, Bsr>(about);
-#define SK_BSR_TILE(...) SK_KERNEL(f16, ptx::F16, __VA_ARGS__) SK_KERNEL(bf16, ptx::BF16, __VA_ARGS__)
+#define SK_BSR_TILE(...) \
+  SK_KERNEL(f16, ptx::F16, __VA_ARGS__) SK_KERNEL(bf16, ptx::BF16, __VA_ARGS__)
 #include "cuda/tiles.inc"
 
 }  // namespace sk

@@ -23,24 +23,27 @@ struct MatmulParams {
   int k;
   EpilogueParams epilogue;
   int token_tiles, whole_tiles;  // see TileScheduler
-  int* counters;        // one a block, zero before and after
-  float* parts;         // two tiles a block
+  int* counters;                 // one a block, zero before and after
+  float* parts;                  // two tiles a block
 };
 
 // What a block computes at a time and how its warps share it.
-template <class T_, int kRows_, int kTokens_, int kWarpsAlongRows_, int kWarpsAlongTokens_, int kStages_,
-          int kBlocksPerSm_>
+template <class T_, int kRows_, int kTokens_, int kWarpsAlongRows_, int kWarpsAlongTokens_,
+          int kStages_, int kBlocksPerSm_>
 struct Tile {
   using T = T_;
   static constexpr int kRows = kRows_, kTokens = kTokens_, kStages = kStages_;
   static constexpr int kWarpsAlongRows = kWarpsAlongRows_, kWarpsAlongTokens = kWarpsAlongTokens_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kThreads = 32 * kWarpsAlongRows * kWarpsAlongTokens;
-  static constexpr int kWarpRows = kRows / kWarpsAlongRows, kWarpTokens = kTokens / kWarpsAlongTokens;
-  static constexpr int kRowTiles = kWarpRows / 16, kTokenTiles = kWarpTokens / 8;  // of one instruction
+  static constexpr int kWarpRows = kRows / kWarpsAlongRows,
+                       kWarpTokens = kTokens / kWarpsAlongTokens;
+  static constexpr int kRowTiles = kWarpRows / 16,
+                       kTokenTiles = kWarpTokens / 8;  // of one instruction
   static constexpr int kXBytes = kTokens * kStageColumns * 2;
   static_assert(kWarpRows % 16 == 0 && kWarpTokens % 8 == 0, "a warp computes whole instructions");
-  static_assert(kXBytes / 16 % kThreads == 0 || kThreads % (kXBytes / 16) == 0, "copies of x come out even");
+  static_assert(kXBytes / 16 % kThreads == 0 || kThreads % (kXBytes / 16) == 0,
+                "copies of x come out even");
 };
 
 template <class Tile, class Weights>
@@ -48,7 +51,8 @@ struct SharedMemory {
   static constexpr int kSlotBytes = Weights::kStageBytes + Tile::kXBytes;
   static constexpr int kBytes = Tile::kStages * kSlotBytes;
   static_assert(Weights::kStageBytes % 128 == 0, "rows of x start on 128 bytes");
-  static_assert(kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens> * Tile::kThreads / 32 <= kBytes, "the epilogue uses the ring");
+  static_assert(kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens> * Tile::kThreads / 32 <= kBytes,
+                "the epilogue uses the ring");
 };
 
 // Copies a stage's part of x. A thread has the same chunk of 8 columns of every kRowStep-th token.
@@ -72,7 +76,8 @@ class XCopier {
   // `column`: of W and x, where this thread's chunk starts. Past k, and past m, zeros come.
   SK_DEVICE void copy(uint32_t slot, int column) const {
     if (tokens_ == Tile::kTokens && column + 8 <= p_.k) {
-      each_row(slot, column, [](uint32_t to, const uint16_t* from, int) { ptx::cp_async_16(to, from); });
+      each_row(slot, column,
+               [](uint32_t to, const uint16_t* from, int) { ptx::cp_async_16(to, from); });
       return;
     }
     int bytes = (p_.k - column) * 2;
@@ -103,13 +108,14 @@ class XCopier {
 
 // Parts of a shared tile, in the order of the registers: 16 bytes a thread side by side.
 template <int kRowTiles, int kTokenTiles>
-SK_DEVICE void store_part(float* part, const float (&sums)[kRowTiles][kTokenTiles][4], int threads) {
+SK_DEVICE void store_part(float* part, const float (&sums)[kRowTiles][kTokenTiles][4],
+                          int threads) {
   float4* to = reinterpret_cast<float4*>(part) + ptx::thread_index();
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
-      const float(&s)[4] = sums[i][j];
+      const float (&s)[4] = sums[i][j];
       ptx::store_global(to + (i * kTokenTiles + j) * threads, float4{s[0], s[1], s[2], s[3]});
     }
   }
@@ -123,7 +129,7 @@ SK_DEVICE void add_part(const float* part, float (&sums)[kRowTiles][kTokenTiles]
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const float4 v = ptx::load_global_cg(from + (i * kTokenTiles + j) * threads);
-      float(&s)[4] = sums[i][j];
+      float (&s)[4] = sums[i][j];
       s[0] += v.x, s[1] += v.y, s[2] += v.z, s[3] += v.w;
     }
   }
@@ -174,7 +180,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       ptx::cp_async_wait<Tile::kStages - 2>();
       ptx::sync_block();  // this stage is there for all, and all are done with the one before
       copy_stage();
-      weights.multiply(read_slot, warp_row, read_slot + Weights::kStageBytes + uint32_t(warp_token * 128), sums);
+      weights.multiply(read_slot, warp_row,
+                       read_slot + Weights::kStageBytes + uint32_t(warp_token * 128), sums);
       advance(read_slot);
     }
     ptx::cp_async_wait<0>();
@@ -194,7 +201,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         ptx::store_shared(shared, arrived);
       }
       ptx::sync_block();
-      if (ptx::load_shared<int>(shared) != last - first) continue;  // somebody else will finish the tile
+      if (ptx::load_shared<int>(shared) != last - first)
+        continue;  // somebody else will finish the tile
       if (ptx::thread_index() == 0) ptx::store_global(p.counters + first, 0);
       ptx::sync_block();  // the epilogue overwrites the count
 #pragma unroll
@@ -204,8 +212,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       }
       for (int block = first; block <= last; ++block) add_part(part(block), sums, Tile::kThreads);
     }
-    store_tile<typename Tile::T>(p.epilogue, sums, work.row_tile * Tile::kRows + warp_row, token + warp_token,
-                                 shared + uint32_t(warp * kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens>));
+    store_tile<typename Tile::T>(
+        p.epilogue, sums, work.row_tile * Tile::kRows + warp_row, token + warp_token,
+        shared + uint32_t(warp * kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens>));
   }
 }
 

@@ -35,7 +35,7 @@ class TileScheduler {
  public:
   SK_DEVICE TileScheduler(const Rows& rows, int token_tiles, int whole_tiles)
       : rows_(rows), token_tiles_(token_tiles), whole_tiles_(whole_tiles) {
-        // Tiles that go round are all of one size: the caller allows them only then.
+    // Tiles that go round are all of one size: the caller allows them only then.
     shared_begin_ = whole_tiles * rows.stage_start(1);
     shared_ = rows.stage_start(rows.row_tiles()) * token_tiles - shared_begin_;
     sharers_ = shared_ / kMinStages < 1 ? 1 : shared_ / kMinStages;

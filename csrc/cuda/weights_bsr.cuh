@@ -25,7 +25,9 @@ class BsrWeights {
         first_stage_(first_slice_ + (block_rows_ + 1 + 15) / 16 * 16) {}
 
   SK_DEVICE int row_tiles() const { return block_rows_; }
-  SK_DEVICE int stage_start(int block_row) const { return ptx::load_global_nc(first_stage_ + block_row); }
+  SK_DEVICE int stage_start(int block_row) const {
+    return ptx::load_global_nc(first_stage_ + block_row);
+  }
   // The last block row that starts at or before the stage.
   SK_DEVICE int row_of(int stage) const {
     int low = 0, high = block_rows_;
@@ -61,7 +63,8 @@ class BsrWeights {
     const int bytes = (end_ - slice) * kSliceBytes;
     if (bytes >= kStageBytes) {
 #pragma unroll
-      for (int at = 0; at < kStageBytes; at += Tile::kThreads * 16) ptx::cp_async_16(to + uint32_t(at), from + at);
+      for (int at = 0; at < kStageBytes; at += Tile::kThreads * 16)
+        ptx::cp_async_16(to + uint32_t(at), from + at);
       return;
     }
 #pragma unroll
@@ -85,7 +88,8 @@ class BsrWeights {
       for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i)
-          a[s][i] = ptx::load_shared<uint4>(fragment + uint32_t((2 * pair + s) * kSliceBytes + i * kMmaTileBytes));
+          a[s][i] = ptx::load_shared<uint4>(
+              fragment + uint32_t((2 * pair + s) * kSliceBytes + i * kMmaTileBytes));
       }
       const uint32_t chunk = uint32_t(((pair * 4 + lane / 8) ^ lane % 8) * 16);
 #pragma unroll

@@ -10,7 +10,8 @@ namespace sk::cuda {
 
 template <class Tile>
 class NmWeights {
-  static constexpr int kUnitBytes = kSpUnitBytes, kUnits = Tile::kRows / 16;  // units of a tile in one stage
+  static constexpr int kUnitBytes = kSpUnitBytes,
+                       kUnits = Tile::kRows / 16;  // units of a tile in one stage
   static constexpr int kUnitsPerWarp = kUnits / (Tile::kThreads / 32);
   static_assert(kUnits % (Tile::kThreads / 32) == 0, "copies come out even");
 
@@ -29,7 +30,8 @@ class NmWeights {
       int unit = work.row_tile * kUnits + ptx::thread_index() / 32 * kUnitsPerWarp + i;
       const int units = (p_.epilogue.n + 15) / 16;
       if (unit >= units) unit = units - 1;  // past n: any row will do, it is not stored
-      from_[i] = p_.weight + p_.values_offset + (int64_t(unit) * stages() + work.begin) * kUnitBytes +
+      from_[i] = p_.weight + p_.values_offset +
+                 (int64_t(unit) * stages() + work.begin) * kUnitBytes +
                  ptx::thread_index() % 32 * 16;
     }
   }
@@ -39,7 +41,8 @@ class NmWeights {
   // Stages are asked for in turn. Each warp copies whole units: 512 bytes of values, twice, then the metadata.
   SK_DEVICE void copy(uint32_t slot, int /*stage*/) {
     const int lane = ptx::thread_index() % 32;
-    uint32_t to = slot + uint32_t(ptx::thread_index() / 32 * kUnitsPerWarp * kUnitBytes + lane * 16);
+    uint32_t to =
+        slot + uint32_t(ptx::thread_index() / 32 * kUnitsPerWarp * kUnitBytes + lane * 16);
 #pragma unroll
     for (int i = 0; i < kUnitsPerWarp; ++i, to += kUnitBytes) {
       ptx::cp_async_16(to, from_[i]);
@@ -59,7 +62,8 @@ class NmWeights {
     uint32_t metadata[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
-      metadata[i] = ptx::load_shared<uint32_t>(unit + uint32_t(i * kUnitBytes + kSpMetadataOffset + lane * 4));
+      metadata[i] = ptx::load_shared<uint32_t>(
+          unit + uint32_t(i * kUnitBytes + kSpMetadataOffset + lane * 4));
     step<0>(unit, x_row, metadata, sums);
     step<1>(unit, x_row, metadata, sums);
   }
@@ -74,7 +78,8 @@ class NmWeights {
     uint4 a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
-      a[i] = ptx::load_shared<uint4>(unit + uint32_t(i * kUnitBytes + kStep * kMmaTileBytes + lane * 16));
+      a[i] = ptx::load_shared<uint4>(unit +
+                                     uint32_t(i * kUnitBytes + kStep * kMmaTileBytes + lane * 16));
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       uint32_t b[4];

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cuda_info.h"
 #include "core/parallel.h"
 #include "sparsekit/sparsekit.h"
 
@@ -218,13 +219,13 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("kernels", [] {
     std::vector<std::tuple<std::string, std::string, std::string, std::string, std::string,
-                           std::string, bool, std::string, int>>
+                           std::string, bool, std::string, std::string>>
         list;
     for (int i = 0; i < sk_kernel_count(); ++i) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
       list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
-                        k.reason, k.device_type);
+                        k.reason, k.device_type == SK_CUDA ? "cuda" : "cpu");
     }
     return list;
   });
@@ -261,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
     check(sk_cuda_device_count(&count));
     return count;
   });
+  m.def("cuda_capture_id", [](uintptr_t stream) { return sk::cuda_capture_id(at(stream)); });
   m.def("cuda_info", [](int device) {
     sk_cuda_info info;
     check(sk_get_cuda_info(device, &info));

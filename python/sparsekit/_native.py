@@ -1,11 +1,13 @@
 """The only caller of the native module ``_C``: tensors become addresses, status codes exceptions.
 
-Everything here trusts its caller to pass CPU tensors; sizes, dtypes and indices are checked by the
-library before it reads an address.
+Everything here but `matmul_cuda` trusts its caller to pass CPU tensors; sizes, dtypes and indices
+are checked by the library before it reads an address.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +210,11 @@ def packed_info(data: Tensor) -> PackedInfo:
     return PackedInfo(format, pattern, _DTYPES_BACK[dtype], (n, k), nnzb, nbytes)
 
 
+def packed_header(data: Tensor) -> tuple[int, ...]:
+    """The header of a packed buffer as integers, for `matmul_cuda` (ValueError when it is none)."""
+    return tuple(_C.packed_header(data.data_ptr(), data.numel()))
+
+
 def unpack(data: Tensor) -> Canonical:
     """A packed buffer back to canonical, bit for bit."""
     info = packed_info(data)
@@ -217,8 +224,23 @@ def unpack(data: Tensor) -> Canonical:
 
 
 def default_format(pattern: Pattern, dtype: torch.dtype, target: str = "auto") -> str:
-    """The format whose kernel is the best here. ``target``: "auto", "cpu" or "reference"."""
+    """The format whose kernel is the best here.
+
+    Args:
+        target: "auto" or "cpu" for this CPU, "reference" for the canonical layout, "cuda" or
+            "cuda:<index>" for a GPU ("cuda" without any: for compute capability 8.0).
+
+    Raises:
+        NotImplementedError: no kernel on a GPU takes the pattern; with each kernel's reason.
+    """
     return str(_C.default_format(_encode_pattern(pattern), _encode_dtype(dtype), target))
+
+
+def target_of(device: torch.device) -> str:
+    """The target of `default_format` for a device."""
+    if device.type != "cuda":
+        return "auto"
+    return "cuda" if device.index is None else f"cuda:{device.index}"
 
 
 def matmul(
@@ -259,9 +281,54 @@ def matmul(
     )
 
 
+def matmul_cuda(
+    x: Tensor,
+    data: Tensor,
+    header: Sequence[int],
+    y: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    kernel: str | None,
+    stream: int,
+    workspace: Tensor,
+) -> None:
+    """The same on a GPU: starts the kernel on a stream and returns.
+
+    Args:
+        x: [m, k] as for `matmul`, rows on multiples of 16 bytes.
+        data: a packed buffer on the GPU, whose `header` is on the host.
+        stream: the cudaStream_t.
+        workspace: uint8, of the size that `cuda_info` says, zeroed before its first use; calls on
+            different streams need different ones.
+    """
+    _C.matmul_cuda(
+        x.shape[0],
+        y.shape[1],
+        x.shape[1],
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        data.data_ptr(),
+        data.numel(),
+        y.data_ptr(),
+        y.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        ACTIVATIONS[activation],
+        x.device.index,
+        stream,
+        header,
+        workspace.data_ptr(),
+        workspace.numel(),
+        kernel,
+    )
+
+
 def kernels() -> list[KernelInfo]:
     """The registry."""
-    return [KernelInfo(*row[:-1], device=_DEVICE_TYPES[row[-1]]) for row in _C.kernels()]
+    return [KernelInfo(*row) for row in _C.kernels()]
 
 
 def explain(
@@ -296,6 +363,43 @@ def explain(
 def cpu_info() -> dict[str, Any]:
     """Model, features, ISA level in use and detected, cores, cache sizes in bytes, thread pool."""
     return dict(_C.cpu_info())
+
+
+def cuda_device_count() -> int:
+    """GPUs that the library sees. This starts the CUDA driver."""
+    return int(_C.cuda_device_count())
+
+
+@functools.cache
+def cuda_capture_id(stream: int) -> int:
+    """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
+    return int(_C.cuda_capture_id(stream))
+
+
+def cuda_info(index: int) -> dict[str, Any]:
+    """Name, compute capability, sizes in bytes and versions of a GPU.
+
+    Raises:
+        NotImplementedError: there is none; the message says why.
+        ValueError: there is none with this index.
+    """
+    return dict(_C.cuda_info(index))
+
+
+def cuda_version(version: int) -> str:
+    """13010 as "13.1"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def cuda_unavailable_reason() -> str:
+    """Why the library sees no GPU, or ""."""
+    if cuda_device_count():
+        return ""
+    try:
+        cuda_info(0)
+    except NotImplementedError as error:
+        return str(error).removeprefix("CUDA: ")
+    return ""
 
 
 def build_info() -> dict[str, str]:

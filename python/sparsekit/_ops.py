@@ -1,16 +1,19 @@
 """The torch operators: `torch.ops.sparsekit.linear` and `torch.ops.sparsekit.to_dense`.
 
 Both take packed bytes (uint8) and plain sizes, so that compiled and exported graphs carry them
-without any Python object. Arguments are checked by `sparsekit.functional` and, before an address is
-read, once more by the native code.
+without any Python object. A weight on a GPU comes with its header, which the host reads, as 13
+integers (`PackedMeta.header`). Arguments are checked by `sparsekit.functional` and, before an
+address is read, once more by the native code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparsekit import _native
 
@@ -19,13 +22,64 @@ ACTIVATIONS = tuple(_native.ACTIVATIONS)
 _library = torch.library.Library("sparsekit", "DEF")
 _library.define(
     "linear(Tensor x, Tensor packed, int n, Tensor? bias=None, str? activation=None, "
-    "Tensor? residual=None, str? kernel_id=None) -> Tensor",
+    "Tensor? residual=None, str? kernel_id=None, int[]? header=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "to_dense(Tensor packed, int n, int k, ScalarType dtype) -> Tensor",
+    "to_dense(Tensor packed, int n, int k, ScalarType dtype, int[]? header=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def linear_direct(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
+) -> Tensor:
+    """`linear`, without torch's dispatcher where nobody could tell the difference.
+
+    The way through it costs more than a small layer. It is left out when every argument is a plain
+    tensor, no gradient is wanted and nothing watches: no compiler, tracer, profiler, mode or
+    functorch transform, all of which the dispatcher would otherwise show the operator to.
+    """
+    if torch.compiler.is_compiling() or not _is_unwatched(x, packed, bias, residual):
+        return linear(x, packed, n, bias, activation, residual, kernel_id, header)
+    run = _linear_cuda if x.is_cuda else _linear_cpu
+    return run(x, packed, n, bias, activation, residual, kernel_id, header)
+
+
+def _plain_keys() -> int:
+    """The dispatch keys of a tensor that is nothing but memory on a CPU or a GPU."""
+    keys = torch._C.DispatchKey
+    plain = 0
+    for key in (keys.CPU, keys.CUDA, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+        plain |= torch._C.DispatchKeySet(key).raw_repr()
+    # Always in the thread's set, and of no meaning to an operator that has tensors.
+    return plain | torch._C.DispatchKeySet(keys.BackendSelect).raw_repr()
+
+
+_PLAIN_KEYS = _plain_keys()
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
+def _is_unwatched(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would go straight to the CPU's or the GPU's function."""
+    if torch._C._is_torch_function_mode_enabled() or torch._C._autograd._profiler_enabled():
+        return False
+    gradients = torch.is_grad_enabled()
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES or (gradients and tensor.requires_grad):
+            return False
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    return not keys & ~torch._C._dispatch_tls_local_exclude_set().raw_repr() & ~_PLAIN_KEYS
 
 
 def _linear_cpu(
@@ -36,6 +90,7 @@ def _linear_cpu(
     activation: str | None = None,
     residual: Tensor | None = None,
     kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
 ) -> Tensor:
     y = x.new_empty((*x.shape[:-1], n))
     _native.matmul(
@@ -50,13 +105,92 @@ def _linear_cpu(
     return y
 
 
+def _linear_cuda(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
+) -> Tensor:
+    if header is None:
+        raise ValueError(
+            "linear: a packed weight on a GPU needs its header; pass header=PackedMeta.header"
+        )
+    y = x.new_empty((*x.shape[:-1], n))
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    _native.matmul_cuda(
+        _aligned_rows(x),
+        packed,
+        header,
+        y if y.dim() == 2 else y.view(-1, n),
+        bias if bias is None or bias.is_contiguous() else bias.contiguous(),
+        activation,
+        None if residual is None else _rows(residual),
+        kernel_id,
+        stream,
+        _workspace(x.device, stream),
+    )
+    return y
+
+
+_COUNTER_BYTES = 16 << 10
+_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+
+def _workspace(device: torch.device, stream: int) -> Tensor:
+    """Counters and partial sums for calls on one stream, which never overlap.
+
+    A captured graph gets one of its own, whose counters the graph itself zeroes: graphs captured on
+    one stream may be replayed on several at once. It is let go with the next capture, and is then
+    the graph's, like all that was allocated in it.
+    """
+    capture = _native.cuda_capture_id(stream)
+    key = (device.index, stream)
+    known = _workspaces.get(key)
+    if known is not None and known[0] == capture:
+        return known[1]
+    _workspaces[key] = capture, _new_workspace(device)
+    return _workspaces[key][1]
+
+
+def _new_workspace(device: torch.device) -> Tensor:
+    nbytes: int = _native.cuda_info(device.index)["workspace_bytes"]
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    workspace[:_COUNTER_BYTES].zero_()
+    return workspace
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix whose rows do not overlap and whose last dimension is contiguous."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = _matrix(x)
     stride, step = rows.stride()
     if step == 1 and (stride >= rows.shape[1] or rows.shape[0] <= 1):
         return rows
     return rows.clone(memory_format=torch.contiguous_format)
+
+
+_ROW_ALIGNMENT = 16
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """The same with every row on a multiple of 16 bytes, which the kernels on GPUs copy at once."""
+    rows = _matrix(x)
+    (m, k), (stride, step), size = rows.shape, rows.stride(), rows.element_size()
+    if m <= 1:
+        stride = 0
+    elif stride < k:
+        step = 0
+    if step == 1 and rows.data_ptr() % _ROW_ALIGNMENT == 0 and stride * size % _ROW_ALIGNMENT == 0:
+        return rows
+    unit = _ROW_ALIGNMENT // size
+    return x.new_empty((m, -(-k // unit) * unit))[:, :k].copy_(rows)
 
 
 def _linear_fake(
@@ -67,22 +201,36 @@ def _linear_fake(
     activation: str | None = None,
     residual: Tensor | None = None,
     kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _to_dense_cpu(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def _to_dense_cpu(
+    packed: Tensor, n: int, k: int, dtype: torch.dtype, header: Sequence[int] | None = None
+) -> Tensor:
     return _native.decompress(_native.unpack(packed))
 
 
-def _to_dense_fake(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def _to_dense_cuda(
+    packed: Tensor, n: int, k: int, dtype: torch.dtype, header: Sequence[int] | None = None
+) -> Tensor:
+    # The sums of W times the identity have one term that is not zero: they are exact, and the bytes
+    # stay where they are.
+    identity = torch.eye(k, dtype=dtype, device=packed.device)
+    return _linear_cuda(identity, packed, n, header=header).t().contiguous()
+
+
+def _to_dense_fake(
+    packed: Tensor, n: int, k: int, dtype: torch.dtype, header: Sequence[int] | None = None
+) -> Tensor:
     return packed.new_empty((n, k), dtype=dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, n, bias, activation, _, kernel_id = inputs
+    x, packed, n, bias, activation, _, kernel_id, header = inputs
     ctx.n, ctx.k, ctx.dtype = n, x.shape[-1], x.dtype
-    ctx.activation, ctx.kernel_id = activation, kernel_id
+    ctx.activation, ctx.kernel_id, ctx.header = activation, kernel_id, header
     # x is needed only to find the activation's argument again.
     ctx.save_for_backward(x if activation is not None else None, packed, bias)
 
@@ -94,14 +242,17 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, _, need_bias, _, need_residual, *_ = needs + (False,) * 7
     grad_residual = grad if need_residual else None
     if (need_x or need_bias) and ctx.activation is not None:
-        argument = torch.ops.sparsekit.linear(x, packed, ctx.n, bias, None, None, ctx.kernel_id)
+        argument = torch.ops.sparsekit.linear(
+            x, packed, ctx.n, bias, None, None, ctx.kernel_id, ctx.header
+        )
         grad = _activation_backward(ctx.activation, grad, argument)
     grad_x = grad_bias = None
     if need_x:
-        grad_x = grad @ torch.ops.sparsekit.to_dense(packed, ctx.n, ctx.k, ctx.dtype)
+        dense = torch.ops.sparsekit.to_dense(packed, ctx.n, ctx.k, ctx.dtype, ctx.header)
+        grad_x = grad @ dense
     if need_bias:
         grad_bias = grad.reshape(-1, ctx.n).sum(0)
-    return grad_x, None, None, grad_bias, None, grad_residual, None
+    return grad_x, None, None, grad_bias, None, grad_residual, None, None
 
 
 def _activation_backward(activation: str, grad: Tensor, argument: Tensor) -> Tensor:
@@ -114,8 +265,12 @@ def _activation_backward(activation: str, grad: Tensor, argument: Tensor) -> Ten
     return aten.gelu_backward(grad, argument, approximate=approximate)
 
 
-_library.impl("linear", _linear_cpu, "CPU")
-_library.impl("to_dense", _to_dense_cpu, "CPU")
+for _device, _linear, _to_dense in (
+    ("CPU", _linear_cpu, _to_dense_cpu),
+    ("CUDA", _linear_cuda, _to_dense_cuda),
+):
+    _library.impl("linear", _linear, _device)
+    _library.impl("to_dense", _to_dense, _device)
 torch.library.register_fake("sparsekit::linear", _linear_fake, lib=_library)
 torch.library.register_fake("sparsekit::to_dense", _to_dense_fake, lib=_library)
 torch.library.register_autograd(

@@ -14,6 +14,8 @@ from sparsekit import dispatch, gate, io
 
 _T = TypeVar("_T")
 
+_Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:<index>.")]
+
 app = typer.Typer(
     help="Pruned PyTorch models that really run faster.",
     no_args_is_help=True,
@@ -58,11 +60,11 @@ def explain(
     n: Annotated[int, typer.Option("-n", help="out_features.")] = 4096,
     k: Annotated[int, typer.Option("-k", help="in_features.")] = 1024,
     dtype: DType = DType.float32,
+    device: _Device = "cpu",
 ) -> None:
     """Why which kernel would run a problem, and why the others would not."""
-    answer = _checked(
-        lambda: dispatch.explain(pattern, m=m, n=n, k=k, dtype=getattr(torch, dtype.value))
-    )
+    kind = getattr(torch, dtype.value)
+    answer = _checked(lambda: dispatch.explain(pattern, m=m, n=n, k=k, dtype=kind, device=device))
     typer.echo(str(answer))
 
 
@@ -73,10 +75,12 @@ def bench(
     n: Annotated[int, typer.Option("-n", help="out_features.")] = 4096,
     k: Annotated[int, typer.Option("-k", help="in_features.")] = 1024,
     dtype: DType = DType.float32,
+    device: _Device = "cpu",
 ) -> None:
     """Time dense against sparse for one weight shape."""
     rows = m or [1, 8, 32, 256]
-    table = _checked(lambda: gate.compare(pattern, n, k, rows, getattr(torch, dtype.value)))
+    kind = getattr(torch, dtype.value)
+    table = _checked(lambda: gate.compare(pattern, n, k, rows, kind, device))
     typer.echo(table)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
+from sparsekit import _native
 from sparsekit.dispatch import table
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, kernel_for
 from sparsekit.nn import FusedActivation, SparseLinear, fusion
@@ -118,7 +119,7 @@ def convert(
     not run, or when dense is as fast.
 
     Args:
-        model: on the CPU. Its modes (train, eval) are kept; the examples run in eval mode.
+        model: on a CPU or a GPU. Its modes (train, eval) are kept; the examples run in eval mode.
         pattern: None takes the pattern that each weight's zeros follow already (after
             `sparsekit.prune`, or pruned elsewhere). A pattern, or a mapping from globs and `re:`
             expressions to patterns, is applied to every layer it names; a weight that does not
@@ -247,8 +248,10 @@ def _module_reason(module: nn.Linear) -> str:
         return f"it is quantised already ({type(weight.data).__name__}, {weight.dtype})"
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}; there are kernels for float32, bfloat16, float16"
-    if weight.device.type != "cpu":
-        return f"it is on {weight.device}; the kernels here run on the CPU"
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"it is on {weight.device}; there are kernels for CPUs and for CUDA"
+    if weight.device.type == "cuda" and (missing := _native.cuda_unavailable_reason()):
+        return f"it is on {weight.device}; {missing}"
     if weight.numel() == 0:
         return "its weight is empty"
     if module.bias is not None and module.bias.dtype != weight.dtype:
@@ -359,9 +362,9 @@ def _convert_layer(
     dense = layer.module
     pruned_here = not layer.pattern.fits(dense.weight.detach() != 0)
     activation = plan.activation if plan else None
-    sparse = SparseLinear.from_dense(dense, layer.pattern, activation=activation)
     note = "pruned by magnitude; " if pruned_here else ""
     try:
+        sparse = SparseLinear.from_dense(dense, layer.pattern, activation=activation)
         judged = _judge(layer, sparse.packed, dense.bias, activation, verdicts)
     except NotImplementedError as error:
         return _row(layer, str(error))

@@ -35,6 +35,7 @@ class Explanation:
         m: rows of x.
         n: out_features.
         k: in_features.
+        device: where weight and activations are.
         candidates: all kernels of the registry; at most one is `chosen`.
     """
 
@@ -44,6 +45,7 @@ class Explanation:
     m: int
     n: int
     k: int
+    device: torch.device
     candidates: tuple[Candidate, ...]
 
     @property
@@ -65,7 +67,7 @@ class Explanation:
         ]
         head = (
             f"matmul m={self.m} n={self.n} k={self.k}, {self.pattern} in format {self.format!r}, "
-            f"{self.dtype}"
+            f"{self.dtype}, on {self.device}"
         )
         return f"{head}\n{table(('kernel', 'verdict', 'estimated µs', 'reason'), rows)}"
 
@@ -82,6 +84,7 @@ def explain(
     n: int | None = None,
     k: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Explanation:
     """Why which kernel runs a problem, and why the others do not.
 
@@ -91,9 +94,12 @@ def explain(
         n: out_features; taken from a packed weight.
         k: in_features; taken from a packed weight.
         dtype: of weight and activations; taken from a packed weight, else float32.
+        device: where weight and activations are; taken from a packed weight, else the CPU. On a
+            machine without a GPU "cuda" gives the reason.
 
     Raises:
-        ValueError: n or k is missing, or contradicts the packed weight.
+        ValueError: n or k is missing, or contradicts the packed weight; no device of this index.
+        NotImplementedError: no kernel on a GPU takes the pattern in any format.
     """
     if isinstance(weight, PackedWeight):
         own = (*weight.shape, weight.dtype)
@@ -102,16 +108,20 @@ def explain(
                 raise ValueError(f"explain: {name}={asked}, the packed weight has {name}={has}")
         pattern, format = weight.pattern, weight.format
         (n, k), dtype = weight.shape, weight.dtype
+        device = weight.device if device is None else torch.device(device)
     else:
         if n is None or k is None:
             raise ValueError("explain: a pattern alone has no size; pass n= and k=, or a weight")
         pattern = parse_pattern(weight)
         dtype = torch.float32 if dtype is None else dtype
-        format = _native.default_format(pattern, dtype)
+        device = torch.device("cpu" if device is None else device)
+        format = _native.default_format(pattern, dtype, _native.target_of(device))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"explain: expected a device of type cpu or cuda, got {device}")
     if m < 0 or n < 1 or k < 1:
         raise ValueError(f"explain: expected m >= 0, n >= 1 and k >= 1, got m={m}, n={n}, k={k}")
-    candidates = tuple(_native.explain(format, pattern, dtype, n, k, m))
-    return Explanation(pattern, format, dtype, m, n, k, candidates)
+    candidates = tuple(_native.explain(format, pattern, dtype, n, k, m, device))
+    return Explanation(pattern, format, dtype, m, n, k, device, candidates)
 
 
 def doctor() -> str:
@@ -132,7 +142,7 @@ def doctor() -> str:
         ("caches", sizes or "unknown"),
         ("cores, torch threads", f"{cpu['cores']}, {torch.get_num_threads()} ({cpu['threading']})"),
         ("torch", torch.__version__),
-        ("GPU", _gpu()),
+        *_gpus(),
         *((f"build: {key}", value) for key, value in _native.build_info().items()),
     ]
     facts += [
@@ -142,24 +152,53 @@ def doctor() -> str:
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
-    return "\n".join([*lines, "", "what will run for n=4096, k=1024:", _choices()])
+    lines += ["", "what will run for n=4096, k=1024:", _choices("cpu")]
+    if _native.cuda_device_count():
+        lines += ["", "on the GPU:", _choices("cuda:0")]
+    return "\n".join(lines)
 
 
-def _choices() -> str:
+def _choices(device: str) -> str:
     rows = []
     for spelling in ("2:4", "2:4v4", "bsr16x16@0.75"):
         for dtype in _native.DTYPES:
-            chosen = [explain(spelling, m=m, n=4096, k=1024, dtype=dtype).chosen for m in (1, 256)]
-            names = [candidate.kernel if candidate else "nothing" for candidate in chosen]
+            names = [_choice(spelling, m, dtype, device) for m in (1, 256)]
             rows.append((spelling, str(dtype).removeprefix("torch."), *names))
     return table(("pattern", "dtype", "m=1", "m=256"), rows)
 
 
-def _gpu() -> str:
+def _choice(spelling: str, m: int, dtype: torch.dtype, device: str) -> str:
+    try:
+        chosen = explain(spelling, m=m, n=4096, k=1024, dtype=dtype, device=device).chosen
+    except NotImplementedError:
+        chosen = None
+    return chosen.kernel if chosen else "nothing"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """What the library sees, and torch where that differs."""
+    count = _native.cuda_device_count()
+    if count == 0:
+        return [("GPU", f"none: {_native.cuda_unavailable_reason()}")]
+    facts = []
+    for index in range(count):
+        gpu = _native.cuda_info(index)
+        major, minor = gpu["capability"]
+        bandwidth = f", {gpu['bandwidth'] / 1e9:,.0f} GB/s" if gpu["bandwidth"] else ""
+        facts.append(
+            (
+                f"GPU {index}",
+                f"{gpu['name']}, compute capability {major}.{minor}, {gpu['sm_count']} SMs, "
+                f"{gpu['memory_bytes'] / 2**30:,.0f} GiB{bandwidth}",
+            )
+        )
+    driver, runtime = (
+        _native.cuda_version(gpu[f"{part}_version"]) for part in ("driver", "runtime")
+    )
+    facts.append(("CUDA", f"driver for {driver}, runtime {runtime} built in"))
     if not torch.cuda.is_available():
-        return "none that torch can use"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names) + " (this build has CPU kernels only)"
+        facts.append(("torch and GPUs", "this torch has no CUDA; install one that has"))
+    return facts
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,13 +37,14 @@ def linear(
     Raises:
         ValueError: a shape, dtype, device or activation that does not fit.
         NotImplementedError: no kernel can run here.
+        RuntimeError: the GPU failed.
     """
     if not isinstance(p, PackedWeight):
         raise ValueError(
             f"linear: expected a PackedWeight, got {type(p).__name__}; make one with sparsekit.pack"
         )
     n, k = p.shape
-    return linear_packed(x, p.data, n, k, p.dtype, bias, activation, residual)
+    return linear_packed(x, p.data, n, k, p.dtype, bias, activation, residual, p.meta.header)
 
 
 def linear_packed(
@@ -53,6 +56,7 @@ def linear_packed(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    header: Sequence[int] | None = None,
 ) -> Tensor:
     """`linear` on the bytes and sizes of a packed weight; what modules call."""
     device = data.device.type
@@ -61,7 +65,9 @@ def linear_packed(
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     _check(x, data, n, k, dtype, bias, activation, residual)
-    return _ops.linear(x, data, n, bias, activation, residual)
+    # On a CPU the header is read from the bytes; graphs need not carry it.
+    header = None if device == "cpu" else header
+    return _ops.linear_direct(x, data, n, bias, activation, residual, None, header)
 
 
 def _check(

@@ -1,8 +1,9 @@
 """Never slower than dense: measure both on this machine, keep the verdict.
 
-The dense side is the fastest of torch's own linear and oneDNN with its private weight layout (what
-a frozen, compiled torch graph calls), each with bias and activation. Dense and sparse are timed in
-turns on random inputs, so that a change of clock or a busy neighbour hits both alike.
+The dense side on a CPU is the fastest of torch's own linear and oneDNN with its private weight
+layout (what a frozen, compiled torch graph calls), each with bias and activation; on a GPU it is
+torch's linear (cuBLASLt). Dense and sparse are timed in turns on random inputs, so that a change of
+clock or a busy neighbour hits both alike.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _BUDGET_S = 0.25
 _NOISY_BUDGET_S = 1.0
 _MIN_PAIRS, _MAX_PAIRS = 7, 101
 _DENSE_TRIALS = 5
+_GPU_WARM_UP = 10
 # Only a gross fault is looked for here (a wrong kernel); the tests hold the exact rule.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -103,6 +105,8 @@ def dense_paths(
     paths: dict[str, Call] = {
         "torch": lambda: activate(functional.linear(x, weight, bias), activation)
     }
+    if weight.device.type != "cpu":
+        return paths
     try:
         ops = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, x.shape[0])
@@ -121,10 +125,12 @@ def dense_paths(
 def measure(
     packed: PackedWeight, m: int, bias: Tensor | None = None, activation: str | None = None
 ) -> Verdict:
-    """Time dense against sparse on random activations.
+    """Time dense against sparse on random activations, on the device of the weight.
 
-    Before each timed call runs a parallel torch operation, as it does inside a model, where the
-    thread pools of torch and of this package take turns.
+    On a CPU a parallel torch operation runs before each timed call, as it does inside a model,
+    where the thread pools of torch and of this package take turns. On a GPU the L2 cache is
+    overwritten before each timed call, as by the other layers of a model, and events on the stream
+    tell the time.
 
     Args:
         packed: the weight.
@@ -136,16 +142,16 @@ def measure(
         NotImplementedError: no sparse kernel can run here.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(m, packed.shape[1], generator=generator).to(packed.dtype)
-    other = torch.randn(1 << 16, generator=generator)
+    x = torch.randn(m, packed.shape[1], generator=generator).to(packed.device, packed.dtype)
     dense = dense_paths(packed.to_dense(), bias, activation, x)
     sparse: Call = lambda: linear(x, packed, bias, activation)  # noqa: E731
-
-    def seconds(call: Call) -> float:
-        other.mul(1.0)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    if packed.device.type == "cuda":
+        seconds = _gpu_clock(packed.device)
+        for call in (sparse, *dense.values()):
+            for _ in range(_GPU_WARM_UP):
+                call()
+    else:
+        seconds = _cpu_clock(torch.randn(1 << 16, generator=generator))
 
     fault = _fault(sparse(), dense["torch"]())
     trials = {
@@ -173,6 +179,36 @@ def measure(
     )
 
 
+def _cpu_clock(other: Tensor) -> Callable[[Call], float]:
+    def seconds(call: Call) -> float:
+        other.mul(1.0)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Call], float]:
+    flush = torch.empty(
+        2 * _native.cuda_info(device.index)["l2_bytes"], dtype=torch.uint8, device=device
+    )
+    stream = torch.cuda.current_stream(device)
+
+    def seconds(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # While the cache is being written, the host gets ahead: the call's own launch is not timed
+        # unless it takes longer than that.
+        flush.zero_()
+        start.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return seconds
+
+
 def _is_undecided(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether the ratio of the medians and the median of the ratios disagree on the winner."""
     by_pairs = median(theirs / ours for theirs, ours in pairs)
@@ -181,7 +217,12 @@ def _is_undecided(pairs: Sequence[tuple[float, float]]) -> bool:
 
 
 def compare(
-    pattern: PatternLike, n: int, k: int, m: Sequence[int], dtype: torch.dtype = torch.float32
+    pattern: PatternLike,
+    n: int,
+    k: int,
+    m: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> str:
     """Dense against sparse for one weight shape, as a table; nothing is remembered.
 
@@ -191,8 +232,9 @@ def compare(
         k: in_features.
         m: rows of x, one line of the table each.
         dtype: of weight and activations.
+        device: where both are.
     """
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     packed = pack(weight, pattern)
     rows = []
     for count in tqdm(m, desc="bench", unit="shape", leave=False):
@@ -210,12 +252,17 @@ def compare(
         )
     head = ("m", "fastest dense", "ms", "sparse kernel", "ms", "speed", "verdict")
     title = f"{packed.pattern} {str(dtype).removeprefix('torch.')}, n={n}, k={k}"
-    return f"{title}, {torch.get_num_threads()} threads\n{table(head, rows)}"
+    where = f"{torch.get_num_threads()} threads"
+    if packed.device.type == "cuda":
+        where = str(_native.cuda_info(packed.device.index)["name"])
+    return f"{title}, {where}\n{table(head, rows)}"
 
 
 def kernel_for(packed: PackedWeight, m: int) -> str:
     """Name of the kernel that runs `m` rows on a packed weight; "" when none can."""
-    candidates = _native.explain(packed.format, packed.pattern, packed.dtype, *packed.shape, m)
+    candidates = _native.explain(
+        packed.format, packed.pattern, packed.dtype, *packed.shape, m, packed.device
+    )
     return next((candidate.kernel for candidate in candidates if candidate.chosen), "")
 
 
@@ -242,8 +289,7 @@ class VerdictCache:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = Path(path) if path is not None else _default_path()
-        self._machine = machine_fingerprint()
-        self._known = self._read().get(self._machine, {})
+        self._known = self._read()
 
     def judge(
         self,
@@ -253,13 +299,14 @@ class VerdictCache:
         activation: str | None = None,
     ) -> Verdict:
         """The remembered verdict, or a new measurement (see `measure`)."""
+        machine = machine_fingerprint(packed.device)
         problem = self._problem(packed, m, bias, activation)
-        known = self._known.get(problem)
+        known = self._known.get(machine, {}).get(problem)
         if known is not None:
             return known
         verdict = measure(packed, m, bias, activation)
         if not verdict.fault:  # a fault has to be looked at again, not believed for ever
-            self._known[problem] = verdict
+            self._known.setdefault(machine, {})[problem] = verdict
             self._write()
         return verdict
 
@@ -293,14 +340,13 @@ class VerdictCache:
 
     def _write(self) -> None:
         # Other processes may have added verdicts since; theirs are kept.
-        machines = self._read()
-        self._known = {**machines.get(self._machine, {}), **self._known}
-        machines[self._machine] = self._known
+        for machine, entries in self._read().items():
+            self._known[machine] = {**entries, **self._known.get(machine, {})}
         content = {
             "version": self._VERSION,
             "machines": {
                 machine: {problem: asdict(verdict) for problem, verdict in entries.items()}
-                for machine, entries in machines.items()
+                for machine, entries in self._known.items()
             },
         }
         try:
@@ -316,16 +362,21 @@ class VerdictCache:
         )
 
 
-def machine_fingerprint() -> str:
-    """What a verdict depends on beside the layer: CPU, instruction set, versions, kernel forced."""
-    cpu = _native.cpu_info()
-    parts = [
-        str(cpu["model"]).strip(),
-        str(cpu["isa"]),
-        f"{cpu['cores']} cores",
-        f"torch {torch.__version__}",
-        f"sparsekit {_native.build_info()['version']}",
-    ]
+def machine_fingerprint(device: torch.device | None = None) -> str:
+    """What a verdict depends on beside the layer: the CPU and its instruction set, or the GPU;
+    versions, and a kernel forced.
+
+    Args:
+        device: where the layer runs; None means the CPU.
+    """
+    if device is not None and device.type == "cuda":
+        gpu = _native.cuda_info(device.index)
+        driver = _native.cuda_version(gpu["driver_version"])
+        parts = [str(gpu["name"]), f"{gpu['sm_count']} SMs", f"driver for CUDA {driver}"]
+    else:
+        cpu = _native.cpu_info()
+        parts = [str(cpu["model"]).strip(), str(cpu["isa"]), f"{cpu['cores']} cores"]
+    parts += [f"torch {torch.__version__}", f"sparsekit {_native.build_info()['version']}"]
     forced = os.environ.get("SPARSEKIT_KERNEL")
     return ", ".join([*parts, f"kernel {forced}"] if forced else parts)
 

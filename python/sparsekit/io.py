@@ -265,13 +265,13 @@ def _open(path: PathLike) -> Iterator[_File]:
 def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool = True) -> None:
     """Load a file into a model of the same architecture, in place.
 
-    Layers that are sparse in the file become `SparseLinear`, packed for this machine, with the
-    activations fused that were fused when the file was written; `nn.Linear` and `SparseLinear` are
-    both accepted in their place. All other parameters and buffers take the file's values and
-    dtypes. The whole file is checked before the model is touched.
+    Layers that are sparse in the file become `SparseLinear`, packed for the device they are on,
+    with the activations fused that were fused when the file was written; `nn.Linear` and
+    `SparseLinear` are both accepted in their place. All other parameters and buffers take the
+    file's values and dtypes. The whole file is checked before the model is touched.
 
     Args:
-        model: dense, or converted before; on the CPU.
+        model: dense, or converted before; on a CPU or GPUs, where each layer stays.
         path: written by `save` from a model.
         target: what the weights are packed for (see `sparsekit.pack`).
         progress: show a progress bar if packing takes longer than a second.
@@ -279,6 +279,8 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
     Raises:
         ValueError: not a sparsekit file, an unknown version, a damaged or truncated file, indices
             out of range, or names and shapes that do not fit the model. The model is unchanged.
+        NotImplementedError: a layer is on a GPU, and no kernel there takes it. The model is
+            unchanged.
         OSError: the file cannot be read.
     """
     with _open(path) as file:
@@ -290,7 +292,7 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
         for name, entry in bar:
             old = modules[name]
             if id(old) not in sparse:
-                packed = PackedWeight.from_canonical(file.canonical(name), target)
+                packed = PackedWeight.from_canonical(file.canonical(name), target, _device_of(old))
                 new = SparseLinear(packed, None, entry.activation)
                 sparse[id(old)] = new.train(old.training)
         # From here on nothing can fail.
@@ -361,6 +363,12 @@ def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
         if f"{name}.bias" in state and file.tensor(f"{name}.bias").dtype != entry.dtype:
             raise file.error(f"has a bias of {name!r} that is not {entry.dtype}")
     return state
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    weight = layer.packed_data if isinstance(layer, SparseLinear) else layer.weight
+    assert isinstance(weight, Tensor)
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
 def _replace(modules: Mapping[str, nn.Module], name: str, new: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """From a dense weight to packed bytes and back.
 
 `pack` prunes (if needed), compresses to the canonical form and lays the bytes out for the best
-kernel of this machine. `PackedWeight` holds those bytes. What leaves the process (pickle, copy,
-files) is always the canonical form, which is laid out again where it arrives.
+kernel of the device they are for. `PackedWeight` holds those bytes. What leaves the process
+(pickle, copy, files) is always the canonical form, which is laid out again where it arrives; so is
+a weight that moves between a CPU and a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from sparsekit import _native
 from sparsekit.patterns import Pattern, PatternLike, detect_pattern, parse_pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TARGETS = ("auto", "cpu", "reference")
+TARGETS = ("auto", "cpu", "cuda", "reference")
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class PackedMeta:
         dtype: dtype of the values.
         shape: (n, k) of the dense weight.
         target: what the format was chosen for; used again when the weight is packed anew.
+        header: the first bytes of the packed form as integers, so that a call need not read them
+            from a GPU.
     """
 
     format: str
@@ -38,6 +43,7 @@ class PackedMeta:
     dtype: torch.dtype
     shape: tuple[int, int]
     target: str
+    header: tuple[int, ...]
 
 
 class PackedWeight:
@@ -58,13 +64,25 @@ class PackedWeight:
         self.meta = meta
 
     @classmethod
-    def from_canonical(cls, canonical: _native.Canonical, target: str = "auto") -> PackedWeight:
-        """Lay a canonical weight out for `target` (see `pack`)."""
-        if target not in TARGETS:
-            raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
-        format = _native.default_format(canonical.pattern, canonical.dtype, target)
-        meta = PackedMeta(format, canonical.pattern, canonical.dtype, canonical.shape, target)
-        return cls(_native.pack(canonical, format), meta)
+    def from_canonical(
+        cls,
+        canonical: _native.Canonical,
+        target: str = "auto",
+        device: torch.device | str = _CPU,
+    ) -> PackedWeight:
+        """Lay a canonical weight out for `target` (see `pack`), with the bytes on `device`."""
+        device = torch.device(device)
+        format = _format(canonical.pattern, canonical.dtype, target, device)
+        data = _native.pack(canonical, format)
+        meta = PackedMeta(
+            format,
+            canonical.pattern,
+            canonical.dtype,
+            canonical.shape,
+            target,
+            _native.packed_header(data),
+        )
+        return cls(data.to(device), meta)
 
     @property
     def format(self) -> str:
@@ -106,29 +124,34 @@ class PackedWeight:
         """The dense weight `[n, k]`, pruned values zero, through the layout's own inverse."""
         return _native.decompress(self.canonical()).to(self.device)
 
-    def to(self, target: torch.device | torch.dtype | str) -> PackedWeight:
-        """Move to a device, or convert the values to another dtype.
+    def to(
+        self, target: torch.device | torch.dtype | str, dtype: torch.dtype | None = None
+    ) -> PackedWeight:
+        """Move to a device, convert the values to another dtype, or both.
+
+        A weight packed with target "auto" is laid out anew where the device wants another format.
+
+        Args:
+            target: the device, or the dtype alone.
+            dtype: of the values there; None keeps it.
 
         Raises:
             ValueError: the dtype cannot be stored, or a value overflows in it.
+            NotImplementedError: no kernel on a GPU takes the weight.
         """
         if isinstance(target, torch.dtype):
-            return self if target == self.dtype else self._converted(target)
-        data = self.data.to(target)
-        return self if data is self.data else PackedWeight(data, self.meta)
-
-    def _converted(self, dtype: torch.dtype) -> PackedWeight:
+            device, dtype = self.device, target
+        else:
+            device, dtype = torch.device(target), dtype or self.dtype
         _check_dtype(dtype)
+        format = _format(self.pattern, dtype, self.meta.target, device)
+        if dtype == self.dtype and format == self.format:
+            data = self.data.to(device)
+            return self if data is self.data else PackedWeight(data, self.meta)
         canonical = self.canonical()
-        values = canonical.values.to(dtype)
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"PackedWeight.to: a value overflows in {dtype}; the largest magnitude is "
-                f"{canonical.values.abs().max().item():g}"
-            )
-        canonical = dataclasses.replace(canonical, values=values, dtype=dtype)
-        packed = PackedWeight.from_canonical(canonical, self.meta.target)
-        return packed.to(self.device)
+        if dtype != self.dtype:
+            canonical = _converted(canonical, dtype)
+        return PackedWeight.from_canonical(canonical, self.meta.target, device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.canonical(), self.meta.target, str(self.device))
@@ -142,7 +165,26 @@ class PackedWeight:
 
 
 def _restore(canonical: _native.Canonical, target: str, device: str) -> PackedWeight:
-    return PackedWeight.from_canonical(canonical, target).to(device)
+    return PackedWeight.from_canonical(canonical, target, device)
+
+
+def _format(pattern: Pattern, dtype: torch.dtype, target: str, device: torch.device) -> str:
+    """The format that `target` means for bytes on a device."""
+    if target not in TARGETS:
+        raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
+    if target == "auto" and device.type == "cuda":
+        target = _native.target_of(device)
+    return _native.default_format(pattern, dtype, target)
+
+
+def _converted(canonical: _native.Canonical, dtype: torch.dtype) -> _native.Canonical:
+    values = canonical.values.to(dtype)
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"PackedWeight.to: a value overflows in {dtype}; the largest magnitude is "
+            f"{canonical.values.abs().max().item():g}"
+        )
+    return dataclasses.replace(canonical, values=values, dtype=dtype)
 
 
 def pack(
@@ -162,8 +204,10 @@ def pack(
         pattern: a `Pattern` or its spelling.
         mask: bool `[n, k]`, True = kept; overrides the choice by magnitude.
         dtype: dtype of the packed values; None keeps the weight's.
-        target: "auto" or "cpu" for the best format on this CPU, "reference" for the canonical
-            layout that the scalar kernels read.
+        target: "auto" for the best format on the device where the bytes are, also when they move
+            to another one; "cpu" for this CPU wherever they are; "cuda" for a GPU (on a machine
+            without one: for compute capability 8.0); "reference" for the canonical layout that the
+            scalar kernels read.
 
     Returns:
         The packed weight, on the weight's device.
@@ -171,6 +215,7 @@ def pack(
     Raises:
         ValueError: the weight is empty, not 2-D, of another dtype, or holds a NaN or infinity; the
             mask has another shape or dtype or does not fit the pattern.
+        NotImplementedError: no kernel on a GPU takes the pattern in this dtype.
     """
     pattern = parse_pattern(pattern)
     weight = checked_weight("pack", weight)
@@ -186,7 +231,7 @@ def pack(
     if dtype != weight.dtype:
         _check_finite(f"pack: after conversion to {dtype}", converted)
     canonical = _native.compress(converted.cpu(), mask.cpu(), pattern)
-    return PackedWeight.from_canonical(canonical, target).to(weight.device)
+    return PackedWeight.from_canonical(canonical, target, weight.device)
 
 
 def mask(weight: Tensor, pattern: PatternLike) -> Tensor:

@@ -50,6 +50,7 @@ def make_problem(
     dtype: torch.dtype = torch.float32,
     integers: bool = False,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Problem:
     """A random problem whose weight follows a pattern.
 
@@ -61,15 +62,16 @@ def make_problem(
         dtype: of every tensor.
         integers: whole numbers from -3 to 3 instead of normal ones; no kept weight is zero.
         seed: of the generator.
+        device: of every tensor; the numbers are the same on each.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         if integers:
-            return torch.randint(-3, 4, shape, generator=generator).to(dtype)
-        return torch.randn(*shape, generator=generator).to(dtype)
+            return torch.randint(-3, 4, shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    mask = parse_pattern(pattern).mask(torch.rand(n, k, generator=generator))
+    mask = parse_pattern(pattern).mask(torch.rand(n, k, generator=generator)).to(device)
     weight = draw(n, k)
     weight = torch.where(weight == 0, torch.ones_like(weight), weight)
     weight = torch.where(mask, weight, torch.zeros_like(weight))

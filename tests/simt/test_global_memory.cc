@@ -149,7 +149,15 @@ void test_blocks_do_not_write_the_same() {
   }
 }
 
-enum Sum { kCorrect, kNoFence, kNoBarrier, kNoAtomic, kFirstLevelCache, kFenceBeforeBarrier };
+enum Sum {
+  kCorrect,
+  kNoFence,
+  kNoBarrier,
+  kNoAtomic,
+  kFirstLevelCache,
+  kFencedLoad,
+  kFenceBeforeBarrier
+};
 
 // Each block writes its part; the last to arrive adds all of them up.
 template <Sum kVariant>
@@ -163,6 +171,7 @@ __global__ void sum_of_parts(float* parts, int* arrived, int* last, float* y) {
     if (kVariant != kNoFence && kVariant != kFenceBeforeBarrier) ptx::fence_gpu();
     int before = ptx::load_global_cg(last + block);
     if (kVariant != kNoAtomic) before = ptx::atomic_add(arrived, 1);
+    if (kVariant == kFencedLoad) ptx::fence_gpu();
     ptx::store_shared(flag, int(before == blocks - 1));
   }
   ptx::sync_block();
@@ -170,7 +179,8 @@ __global__ void sum_of_parts(float* parts, int* arrived, int* last, float* y) {
   float sum = 0;
   for (int i = 0; i < blocks; ++i) {
     const float* part = parts + i * 64 + thread;
-    sum += kVariant == kFirstLevelCache ? ptx::load_global(part) : ptx::load_global_cg(part);
+    constexpr bool kPlain = kVariant == kFirstLevelCache || kVariant == kFencedLoad;
+    sum += kPlain ? ptx::load_global(part) : ptx::load_global_cg(part);
   }
   ptx::store_global(y + thread, sum);
 }
@@ -209,12 +219,43 @@ void test_order_of_blocks() {
   for (uint64_t seed = 0; seed < kSeeds; ++seed) {
     CHECK(run_sum<kCorrect>(seed) == 21);
     CHECK(run_sum<kFenceBeforeBarrier>(seed) == 21);
+    CHECK(run_sum<kFencedLoad>(seed) == 21);
     CHECK_FAULT(run_sum<kNoFence>(seed), Fault::kRace, "no fence_gpu and atomic_add order the two");
     CHECK_FAULT(run_sum<kFirstLevelCache>(seed), Fault::kRace, "use load_global_cg");
   }
   // These are wrong under some schedules only.
   CHECK(caught<kNoAtomic>(Fault::kRace) == int(kSeeds));
   CHECK(caught<kNoBarrier>(Fault::kRace) >= int(kSeeds) / 2);
+}
+
+// Blocks add to one number in the order of their indices; the next one waits for its turn.
+template <bool kFence>
+__global__ void in_turn(int* turn, float* y) {
+  const int thread = ptx::thread_index(), block = ptx::block_index();
+  if (thread == 0) {
+    while (ptx::load_global_cg(turn) != block) {
+    }
+  }
+  ptx::sync_block();
+  ptx::store_global(y + thread, ptx::load_global_cg(y + thread) * 2 + float(block));
+  ptx::sync_block();
+  if (thread > 0) return;
+  if (kFence) ptx::fence_gpu();
+  ptx::atomic_add(turn, 1);
+}
+
+void test_turns() {
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    auto turn = Buffer<int>::in_out("turn", {0});
+    auto y = Buffer<float>::in_out("y", zeros(64));
+    simt::Launch launch = launch_of(4, 64, 0, seed);
+    launch.resident_blocks = 4;
+    simt::launch(launch, in_turn<true>, turn.data(), y.data());
+    for (size_t i = 0; i < 64; ++i) CHECK(y[i] == 11);
+    turn[0] = 0;
+    CHECK_FAULT(simt::launch(launch, in_turn<false>, turn.data(), y.data()), Fault::kRace,
+                "which block 0 has written");
+  }
 }
 
 void test_guard_zones() {
@@ -238,5 +279,6 @@ int main() {
   test_non_coherent();
   test_blocks_do_not_write_the_same();
   test_order_of_blocks();
+  test_turns();
   test_guard_zones();
 }

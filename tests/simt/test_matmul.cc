@@ -91,10 +91,11 @@ Weight make_weight(const sk_pattern& pattern, int format_id, const Case& c, std:
   canonical.pattern = pattern;
   canonical.dtype = dtype;
   canonical.n = c.n, canonical.k = c.k;
-  const int64_t nnzb = pattern.family == SK_FAMILY_BSR ? count_blocks(pattern, mask.data(), c.n, c.k) : 0;
+  const int64_t nnzb =
+      pattern.family == SK_FAMILY_BSR ? count_blocks(pattern, mask.data(), c.n, c.k) : 0;
   const WeightSizes sizes = weight_sizes(pattern, dtype, c.n, c.k, nnzb);
-  std::vector<uint64_t> values(size_t(sizes.values / 8 + 1)), indices(size_t(sizes.indices / 8 + 1)),
-      crow(size_t(sizes.crow_indices / 8 + 1));
+  std::vector<uint64_t> values(size_t(sizes.values / 8 + 1)),
+      indices(size_t(sizes.indices / 8 + 1)), crow(size_t(sizes.crow_indices / 8 + 1));
   canonical.values = values.data(), canonical.values_bytes = sizes.values;
   canonical.indices = indices.data(), canonical.indices_bytes = sizes.indices;
   if (pattern.family == SK_FAMILY_BSR) {
@@ -107,7 +108,8 @@ Weight make_weight(const sk_pattern& pattern, int format_id, const Case& c, std:
   size_t space = storage.size() * 8;
   std::align(64, size_t(w.header.bytes), aligned, space);
   pack(canonical, format_id, aligned, w.header.bytes);
-  w.packed.assign(static_cast<uint64_t*>(aligned), static_cast<uint64_t*>(aligned) + w.header.bytes / 8);
+  w.packed.assign(static_cast<uint64_t*>(aligned),
+                  static_cast<uint64_t*>(aligned) + w.header.bytes / 8);
   return w;
 }
 
@@ -128,18 +130,21 @@ double activate_exactly(double v, int activation) {
 
 // Returns the bits of y, for comparing runs.
 template <class Tile, template <class> class WeightsOf>
-std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& c) {
+std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& c,
+                          simt::Statistics* statistics = nullptr) {
   using T = typename Tile::T;
   using Shared = cuda::SharedMemory<Tile, WeightsOf<Tile>>;
   std::mt19937 random(c.seed);
   const Weight w = make_weight<T>(pattern, format_id, c, random);
-  const auto small = [&] { return c.fractions ? float(random() % 1000) / 999 : float(int(random() % 5) - 2); };
+  const auto small = [&] {
+    return c.fractions ? float(random() % 1000) / 999 : float(int(random() % 5) - 2);
+  };
 
   const int64_t x_stride = (c.k + 7) / 8 * 8 + c.x_pad, y_stride = c.n + c.y_pad;
   std::vector<float> x(size_t(c.m * c.k)), bias(size_t(c.n)), residual(size_t(c.m * c.n));
   // What stands beside x must not matter: NaN.
-  std::vector<uint16_t> x_bits(size_t(std::max<int64_t>(c.m, 1) * x_stride), 0xffff), bias_bits(bias.size()),
-      residual_bits(size_t(c.m * y_stride), 0xffff);
+  std::vector<uint16_t> x_bits(size_t(std::max<int64_t>(c.m, 1) * x_stride), 0xffff),
+      bias_bits(bias.size()), residual_bits(size_t(c.m * y_stride), 0xffff);
   for (int64_t i = 0; i < c.m; ++i) {
     for (int64_t j = 0; j < c.k; ++j) {
       x[size_t(i * c.k + j)] = small();
@@ -158,7 +163,8 @@ std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& 
   auto residual_buffer = simt::Buffer<uint16_t>::input("residual", residual_bits);
   auto y = simt::Buffer<uint16_t>::output("y", size_t(c.m * y_stride));
   auto counters = simt::Buffer<int>::in_out("counters", std::vector<int>(size_t(c.blocks), 0));
-  auto parts = simt::Buffer<float>::output("parts", size_t(2 * c.blocks * Tile::kRows * Tile::kTokens));
+  auto parts =
+      simt::Buffer<float>::output("parts", size_t(2 * c.blocks * Tile::kRows * Tile::kTokens));
 
   cuda::MatmulParams p{};
   p.weight = reinterpret_cast<const uint8_t*>(weight_buffer.data());
@@ -188,7 +194,8 @@ std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& 
   launch.shared_bytes = Shared::kBytes;
   launch.seed = c.order;
   launch.kernel = "matmul_mma";
-  simt::launch(launch, cuda::matmul_mma<Tile, WeightsOf>, p);
+  const simt::Statistics all = simt::launch(launch, cuda::matmul_mma<Tile, WeightsOf>, p);
+  if (statistics) *statistics = all;
 
   for (int i = 0; i < c.blocks; ++i) CHECK(counters[size_t(i)] == 0);
   if (c.fractions) return y.values();
@@ -202,30 +209,61 @@ std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& 
       }
       CHECK(y.written(at));
       double sum = c.bias ? bias[size_t(j)] : 0;
-      for (int64_t l = 0; l < c.k; ++l) sum += double(x[size_t(i * c.k + l)]) * w.dense[size_t(j * c.k + l)];
+      for (int64_t l = 0; l < c.k; ++l)
+        sum += double(x[size_t(i * c.k + l)]) * w.dense[size_t(j * c.k + l)];
       const double expected =
           activate_exactly(sum, c.activation) + (c.residual ? residual[size_t(i * c.n + j)] : 0);
       const float got = to_float<T>(y[at]);
       // Curves: one rounding of the result, and float32 on the way.
-      const double slack = (std::is_same_v<T, ptx::F16> ? 1.0 / 2048 : 1.0 / 256) * std::abs(expected) + 1e-6;
-      if (exact ? got != to_float<T>(to_bits<T>(float(expected))) : std::abs(got - expected) > slack) {
-        fail(__FILE__, __LINE__, c.describe() + ": y[" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
-                                     std::to_string(got) + ", expected " + std::to_string(expected));
+      const double slack =
+          (std::is_same_v<T, ptx::F16> ? 1.0 / 2048 : 1.0 / 256) * std::abs(expected) + 1e-6;
+      if (exact ? got != to_float<T>(to_bits<T>(float(expected)))
+                : std::abs(got - expected) > slack) {
+        fail(__FILE__, __LINE__,
+             c.describe() + ": y[" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
+                 std::to_string(got) + ", expected " + std::to_string(expected));
       }
     }
   }
   return y.values();
 }
 
+// Of a full tile: shared memory is met without bank conflicts, but for the epilogue's reads, and global memory in whole
+// sectors; W is read once.
+template <class Tile, template <class> class WeightsOf>
+void test_accesses(const sk_pattern& pattern, int format_id) {
+  Case c{Tile::kTokens, Tile::kRows, 64 * 8, 1, false};
+  c.density = 1;
+  simt::Statistics statistics;
+  run<Tile, WeightsOf>(pattern, format_id, c, &statistics);
+  for (const simt::PlaceStatistics& at : statistics.places) {
+    if (std::string(at.place.file).find("epilogue.cuh") == std::string::npos ||
+        at.op == simt::Op::kStoreShared) {
+      if (at.bank_conflicts != 0) fail(__FILE__, __LINE__, statistics.report());
+    }
+    if (at.op == simt::Op::kCpAsync || at.op == simt::Op::kStoreGlobal)
+      CHECK(at.sectors * 32 == at.global_bytes);
+  }
+  const uint64_t x = uint64_t(Tile::kTokens) * 64 * 8 * 2;
+  const uint64_t w = uint64_t(WeightsOf<Tile>::kStageBytes) * 8;
+  uint64_t copied = 0;
+  for (const simt::PlaceStatistics& at : statistics.places) {
+    if (at.op == simt::Op::kCpAsync) copied += at.global_bytes;
+  }
+  CHECK(copied == x + w);
+}
+
 template <class Tile, template <class> class WeightsOf>
 void test_tile(const sk_pattern& pattern, int format_id) {
   const int64_t rows = Tile::kRows, tokens = Tile::kTokens;
+  test_accesses<Tile, WeightsOf>(pattern, format_id);
   const auto check = [&](Case c) { return run<Tile, WeightsOf>(pattern, format_id, c); };
   // One tile of one stage and all that is smaller: the edges of n, k and m.
   for (const int64_t n : {int64_t{1}, rows - 1, rows}) {
     for (const int64_t k : {1, 8, 63, 64}) check({std::min<int64_t>(tokens, 9), n, k, 1, false});
   }
-  for (const int64_t m : {int64_t{1}, tokens - 1, tokens, tokens + 1}) check({m, rows + 1, 65, 2, false});
+  for (const int64_t m : {int64_t{1}, tokens - 1, tokens, tokens + 1})
+    check({m, rows + 1, 65, 2, false});
   // Tiles in parts: by many blocks of few stages, by blocks that hold parts of several tiles, by one alone.
   check({3, rows, 64 * 33, 4});
   check({tokens + 3, rows + 8, 64 * 11 + 5, 3});
@@ -237,7 +275,8 @@ void test_tile(const sk_pattern& pattern, int format_id) {
   const auto bits = check(parts);
   for (parts.order = 2; parts.order < 5; ++parts.order) CHECK(check(parts) == bits);
   // Epilogues, aligned and not.
-  for (const int activation : {cuda::kNone, cuda::kRelu, cuda::kGelu, cuda::kGeluTanh, cuda::kSilu}) {
+  for (const int activation :
+       {cuda::kNone, cuda::kRelu, cuda::kGelu, cuda::kGeluTanh, cuda::kSilu}) {
     Case c{5, rows, 64, 1, false, activation, true, true};
     check(c);
     c.n = rows - 3, c.y_pad = 2, c.x_pad = 8;
@@ -251,20 +290,28 @@ void test_tile(const sk_pattern& pattern, int format_id) {
 
 int main(int argc, char** argv) {
   const std::string only = argc > 1 ? argv[1] : "";
-  const auto wanted = [&](const std::string& name) { return only.empty() || name.find(only) != std::string::npos; };
+  const auto wanted = [&](const std::string& name) {
+    return only.empty() || name.find(only) != std::string::npos;
+  };
   const sk_pattern nm{SK_FAMILY_NM, 2, 4, 1, 0, 0};
-#define SK_NM_TILE(rows, tokens, wr, wt, stages, blocks, about)                                      \
-  if (wanted("nm " #rows "x" #tokens)) {                                                             \
-    test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>(nm, kNmMmaSp);  \
-    test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>(nm, kNmMmaSp); \
+#define SK_NM_TILE(rows, tokens, wr, wt, stages, blocks, about)                              \
+  if (wanted("nm " #rows "x" #tokens)) {                                                     \
+    test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>(  \
+        nm, kNmMmaSp);                                                                       \
+    test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>( \
+        nm, kNmMmaSp);                                                                       \
   }
-#define SK_BSR_TILE(rows, tokens, wr, wt, stages, blocks, about)                                                  \
-  for (const int columns : {16, 32, 64, 128}) {                                                                   \
-    if (!wanted("bsr " #rows "x" #tokens)) continue;                                                              \
-    const sk_pattern bsr{SK_FAMILY_BSR, 0, 0, 0, rows, columns};                                                  \
-    test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>(bsr, kBsrMma);        \
-    if (columns == 64)                                                                                            \
-      test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>(bsr, kBsrMma);     \
+#define SK_BSR_TILE(rows, tokens, wr, wt, stages, blocks, about)                                \
+  for (const int columns : {16, 32, 64, 128}) {                                                 \
+    if (!wanted("bsr " #rows "x" #tokens)) continue;                                            \
+    const sk_pattern bsr{SK_FAMILY_BSR, 0, 0, 0, rows, columns};                                \
+    if (columns == 16 || columns == 128) {                                                      \
+      test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>(  \
+          bsr, kBsrMma);                                                                        \
+    } else {                                                                                    \
+      test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>( \
+          bsr, kBsrMma);                                                                        \
+    }                                                                                           \
   }
 #include "cuda/tiles.inc"
   return 0;

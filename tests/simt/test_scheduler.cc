@@ -26,7 +26,8 @@ struct Rows {
 };
 
 // done[token tile][stage]: how often; slots[block][2]: how often a block's parts were used.
-__global__ void cover(Rows rows, int token_tiles, int whole_tiles, int* done, int* slots, int* bad) {
+__global__ void cover(Rows rows, int token_tiles, int whole_tiles, int* done, int* slots,
+                      int* bad) {
   if (ptx::thread_index() != 0) return;
   cuda::TileScheduler<Rows> scheduler(rows, token_tiles, whole_tiles);
   const int stages = rows.stage_start(rows.row_tiles());
@@ -46,26 +47,29 @@ __global__ void cover(Rows rows, int token_tiles, int whole_tiles, int* done, in
   }
 }
 
-void check_cover(const std::vector<int>& stages_of_row, int token_tiles, int whole_tiles, int blocks) {
+void check_cover(const std::vector<int>& stages_of_row, int token_tiles, int whole_tiles,
+                 int blocks) {
   std::vector<int> starts{0};
   for (const int stages : stages_of_row) starts.push_back(starts.back() + stages);
   auto starts_buffer = simt::Buffer<int>::input("starts", starts);
-  auto done = simt::Buffer<int>::in_out("done", std::vector<int>(size_t(token_tiles * starts.back()), 0));
+  auto done =
+      simt::Buffer<int>::in_out("done", std::vector<int>(size_t(token_tiles * starts.back()), 0));
   auto slots = simt::Buffer<int>::in_out("slots", std::vector<int>(size_t(2 * blocks), 0));
   auto bad = simt::Buffer<int>::in_out("bad", {0});
   simt::Launch launch;
   launch.grid = blocks;
   launch.threads = 32;
   launch.kernel = "cover";
-  simt::launch(launch, cover, Rows{starts_buffer.data(), int(stages_of_row.size())}, token_tiles, whole_tiles,
-               done.data(), slots.data(), bad.data());
+  simt::launch(launch, cover, Rows{starts_buffer.data(), int(stages_of_row.size())}, token_tiles,
+               whole_tiles, done.data(), slots.data(), bad.data());
   for (const int times : done.values()) CHECK(times == 1);
   for (const int times : slots.values()) CHECK(times <= 1);
   CHECK(bad[0] == 0);
 }
 
 // The host's plan for a GPU, and what the device makes of it.
-void check_plan(const cuda::TileShape& tile, const cuda::Stages& stages, int64_t m, const CudaDevice& gpu) {
+void check_plan(const cuda::TileShape& tile, const cuda::Stages& stages, int64_t m,
+                const CudaDevice& gpu) {
   const cuda::Plan p = cuda::plan(tile, stages, m, gpu);
   CHECK(p.tokens >= 1 && p.tokens <= m && p.blocks >= 1);
   CHECK(p.blocks <= cuda::blocks_per_sm(tile, gpu) * gpu.sm_count);
@@ -87,7 +91,7 @@ int main() {
       check_cover({12, 12, 12}, tokens, 0, blocks);
       check_cover({12, 12, 12}, tokens, tokens, blocks);  // some whole, some shared
       check_cover({12, 12, 12}, tokens, 3 * tokens, blocks);
-      check_cover(std::vector<int>(37, 3), tokens, 0, blocks);        // more than two bands
+      check_cover(std::vector<int>(37, 3), tokens, 0, blocks);  // more than two bands
       check_cover(std::vector<int>(37, 3), tokens, 20, blocks);
       check_cover({1, 40, 1, 1, 7, 23, 1, 2, 2, 90, 1}, tokens, 0, blocks);  // as blocks have them
     }
@@ -97,7 +101,8 @@ int main() {
   gpu.shared_per_block = 99 << 10, gpu.shared_per_sm = 100 << 10;
   const cuda::TileShape tile{128, 128, 2, 25 << 10, 75 << 10, 2048};
   CHECK(cuda::blocks_per_sm(tile, gpu) == 1);
-  for (const int64_t m : {int64_t{1}, int64_t{128}, int64_t{129}, int64_t{1000}, int64_t{1} << 20, int64_t{1} << 31}) {
+  for (const int64_t m : {int64_t{1}, int64_t{128}, int64_t{129}, int64_t{1000}, int64_t{1} << 20,
+                          int64_t{1} << 31}) {
     for (const int64_t row_tiles : {1, 3, 4, 5, 40}) {
       for (const int64_t stages : {1, 7, 64}) {
         check_plan(tile, {row_tiles, row_tiles * stages, true}, m, gpu);

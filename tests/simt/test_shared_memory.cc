@@ -42,7 +42,7 @@ void test_bounds_and_alignment() {
     ptx::ldmatrix_x2(to, ptx::shared_base() + uint32_t(ptx::thread_index() * 16 + offset));
   };
   passes(32, 256, matrices, 0);
-  fails(32, 256, Fault::kMisaligned, "a row's address must be a multiple of 16", matrices, 8);
+  fails(32, 256, Fault::kMisaligned, "a shared address that is a multiple of 16", matrices, 8);
   fails(32, 256, Fault::kOutOfBounds, "ldmatrix", matrices, 16);
 }
 
@@ -150,6 +150,18 @@ void test_races_in_a_warp() {
   fails(64, 256, Fault::kRace, "no sync_block", all_read_one_writes<kWarp>, 5);
   fails(64, 256, Fault::kRace, "sync", all_read_one_writes<kNone>, 5);
 
+  // So does a read before the other's, and the writer's own (shuffles order the three without being a barrier).
+  const auto reads_in_turn = +[](int second) {
+    const uint32_t base = ptx::shared_base();
+    const int thread = ptx::thread_index();
+    if (thread == 5) ptx::load_shared<int>(base);
+    ptx::shuffle(0, 0);
+    if (thread == second) ptx::load_shared<int>(base);
+    ptx::shuffle(0, 0);
+    if (thread == 5) ptx::store_shared(base, 1);
+  };
+  passes(32, 256, reads_in_turn, 5);
+  fails(32, 256, Fault::kRace, "no sync_warp", reads_in_turn, 6);
   // A read long ago by its own warp, and one just now by the writer itself.
   passes(
       32, 256, +[] {

@@ -57,16 +57,16 @@ void diverges(const char* text, Kernel kernel, Arguments... arguments) {
 void test_divergence() {
   // Some return, others wait for them.
   diverges(
-      "", +[] {
+      "threads 0-31 have returned; threads 32-63 wait in sync_block at ", +[] {
         if (ptx::thread_index() < 32) return;
         ptx::sync_block();
       });
   diverges(
-      "", +[] {
-        if (ptx::thread_index() % 2) ptx::sync_block();
+      "threads 0-30 have returned; threads 31-63 wait in sync_block at ", +[] {
+        if (ptx::thread_index() > 30) ptx::sync_block();
       });
   diverges(
-      "", +[] {
+      "threads 0, 32 have returned; threads 1-31, 33-63 wait in shuffle at ", +[] {
         if (ptx::thread_index() % 32 > 0) ptx::shuffle(0, 0);
       });
   // They wait at two places: for each other, or for nobody.
@@ -95,7 +95,7 @@ void test_divergence() {
         }
       });
   diverges(
-      "no thread can go on: threads 0 to 31 wait in sync_block at ", +[] {
+      "no thread can go on: threads 0-31, 33, 35", +[] {
         if (ptx::thread_index() < 32 || ptx::thread_index() % 2) {
           ptx::sync_block();
         } else {
@@ -224,6 +224,22 @@ void test_orders() {
   CHECK(mixed(2));
 }
 
+// Other threads come between two memory accesses of one.
+void test_switches_between_accesses() {
+  const auto kernel = +[](int* counter, float* scratch, int* apart) {
+    const int before = ptx::atomic_add(counter, 1);
+    for (int i = 0; i < 50; ++i) ptx::store_global(scratch + ptx::thread_index(), 0.0f);
+    if (ptx::atomic_add(counter, 1) != before + 1) ptx::atomic_add(apart, 1);
+  };
+  for (uint64_t seed = 0; seed < kSeeds; ++seed) {
+    auto counter = Buffer<int>::in_out("counter", {0});
+    auto scratch = Buffer<float>::output("scratch", 64);
+    auto apart = Buffer<int>::in_out("apart", {0});
+    simt::launch(launch_of(1, 64, 0, seed), kernel, counter.data(), scratch.data(), apart.data());
+    CHECK(apart[0] > 32);
+  }
+}
+
 // Each resident block has shared memory of its own.
 void test_blocks_do_not_share() {
   auto y = Buffer<int>::output("y", 4 * 32);
@@ -254,5 +270,6 @@ int main() {
   test_other_exceptions();
   test_arguments_of_launch();
   test_orders();
+  test_switches_between_accesses();
   test_blocks_do_not_share();
 }

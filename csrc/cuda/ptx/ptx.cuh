@@ -37,10 +37,16 @@ SK_DEVICE void sync_warp() { __syncwarp(); }
 // 9.7.13.4 membar/fence: what this thread wrote or saw comes before what it writes next, for the whole GPU.
 SK_DEVICE void fence_gpu() { __threadfence(); }
 SK_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+SK_DEVICE uint64_t atomic_min(uint64_t* address, uint64_t value) {
+  return atomicMin(reinterpret_cast<unsigned long long*>(address),
+                   static_cast<unsigned long long>(value));
+}
 SK_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
-SK_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+SK_DEVICE uint32_t shuffle(uint32_t value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 
 // ---- memory --------------------------------------------------------------------------------------
 
@@ -81,7 +87,8 @@ SK_DEVICE void store_shared(uint32_t address, T value) {
 // 9.7.9.25.3.1 cp.async.cg: 16 bytes to shared memory, of which the first `bytes` (0 to 16) are read and the
 // rest is zero. Both addresses are multiples of 16.
 SK_DEVICE void cp_async_16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 }
 SK_DEVICE void cp_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -112,10 +119,10 @@ SK_DEVICE void ldmatrix_x2(uint32_t (&to)[2], uint32_t address) {
                : "memory");
 }
 
-#define SK_MMA(type)                                                                                      \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                     \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                     \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+#define SK_MMA(type)                                                                  \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
 
 // 9.7.14.5.8 mma.m16n8k16: d[16][8] += a[16][16] · b[16][8], sums in float32. In lane 4g + q, register r of a
@@ -131,19 +138,15 @@ SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t
 }
 #undef SK_MMA
 
-// Blackwell runs the plain spelling of the sparse mma at a fraction of its rate; both demand ascending positions.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define SK_MMA_SP "mma.sp::ordered_metadata"
-#else
-#define SK_MMA_SP "mma.sp"
-#endif
-#define SK_MMA_SPARSE(type)                                                                               \
-  asm volatile(SK_MMA_SP ".sync.aligned.m16n8k32.row.col.f32." type "." type                              \
-                         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "                  \
-                         "{%0, %1, %2, %3}, %12, %13;"                                                    \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),      \
-                 "r"(metadata), "n"(kSelector))
+// .sp::ordered_metadata promises ascending positions: Blackwell runs the plain spelling at a fraction of its rate,
+// to the others both are one.
+#define SK_MMA_SPARSE(type)                                                                \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "             \
+               "{%0, %1, %2, %3}, %12, %13;"                                               \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                            \
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]),  \
+                 "r"(b[3]), "r"(metadata), "n"(kSelector))
 
 // 9.7.14.6 mma.sp.m16n8k32: d[16][8] += a[16][32] · b[32][8] with a 2:4 sparse. a holds the 16 kept columns of
 // each row as mma_m16n8k16 holds its own; b[i] holds column g, rows 2q + 8i and the next. Lanes 4g + 2 kSelector
@@ -151,7 +154,8 @@ SK_DEVICE void mma_m16n8k16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t
 // row g + 8 in the high half; four bits for each group of four columns, the position of its first kept value in
 // the low two.
 template <class T, int kSelector>
-SK_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint4& a, const uint32_t (&b)[4], uint32_t metadata) {
+SK_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint4& a, const uint32_t (&b)[4],
+                               uint32_t metadata) {
   if constexpr (__is_same(T, F16)) {
     SK_MMA_SPARSE("f16");
   } else {
@@ -159,7 +163,6 @@ SK_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint4& a, const uint32_t (&b
   }
 }
 #undef SK_MMA_SPARSE
-#undef SK_MMA_SP
 
 // ---- numbers -------------------------------------------------------------------------------------
 

@@ -126,6 +126,7 @@ class SparseLinear(nn.Module):
             self.bias,
             self.activation,
             residual,
+            self.meta.header,
         )
 
     def extra_repr(self) -> str:
@@ -167,8 +168,7 @@ class SparseLinear(nn.Module):
         _native.validate(canonical)
         if not bool(canonical.values.isfinite().all()):
             raise ValueError("SparseLinear: the values hold a NaN or an infinity")
-        packed = PackedWeight.from_canonical(canonical, self.meta.target)
-        return packed.to(self.packed_data.device)
+        return PackedWeight.from_canonical(canonical, self.meta.target, self.packed_data.device)
 
     def _set_packed(self, packed: PackedWeight) -> None:
         self.packed_data = packed.data
@@ -239,15 +239,16 @@ class SparseLinear(nn.Module):
         self.meta = packed.meta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        # What fn does to a tensor of the weight's dtype says what the weight should become.
+        # What fn does to a tensor of the weight's dtype says what the weight should become; bytes
+        # that stay as they are get what fn does to them, e.g. shared memory.
         probe = fn(torch.empty(0, dtype=self.meta.dtype, device=self.packed_data.device))
-        converted = self.packed.to(probe.dtype) if probe.dtype != self.meta.dtype else None
-        data = self.packed_data
+        packed = self.packed
+        moved = packed.to(probe.device, probe.dtype)
         super()._apply(fn, recurse)
-        if converted is not None:
-            self._set_packed(converted.to(probe.device))
+        if moved.data is not packed.data:
+            self._set_packed(moved)
         elif self.packed_data.dtype != torch.uint8:  # fn casts everything, as Module.type does
-            self.packed_data = data.to(probe.device)
+            self.packed_data = packed.data
         return self
 
 

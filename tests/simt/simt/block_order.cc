@@ -29,11 +29,17 @@ std::shared_ptr<const Clocks> BlockOrder::fence(int block) {
 }
 
 void BlockOrder::atomic(int block, const void* address, const Clocks* release) {
-  BlockClocks& self = blocks_[size_t(block)];
   Clocks& passed_on = atomics_[address];
-  join(self.heard, passed_on);
-  self.wrote = true;  // what it heard is to be passed on too
+  hear(block, address);
   if (release) join(passed_on, *release);
+}
+
+void BlockOrder::hear(int block, const void* address) {
+  const auto atomic = atomics_.find(address);
+  if (atomic == atomics_.end()) return;
+  BlockClocks& self = blocks_[size_t(block)];
+  join(self.heard, atomic->second);
+  self.wrote = true;  // what it heard is to be passed on too
 }
 
 bool BlockOrder::ordered(int writer, uint32_t clock, int block, bool from_l2) const {

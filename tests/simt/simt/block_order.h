@@ -1,8 +1,8 @@
 // Which writes of one block another block may rely on.
 //
 // Blocks run in any order. What one has written another may read only after a chain of
-//   the writer: store, fence_gpu, atomic_add       the reader: atomic_add that saw it, then load_global_cg,
-//                                                              or fence_gpu and any load.
+//   the writer: store, fence_gpu, atomic_add
+//   the reader: atomic_add or load_global_cg of the same integer, then load_global_cg, or fence_gpu and any load.
 // A barrier between a thread's store and the fence and atomic_add of another thread of its block carries the store.
 // Block b counts its fences; clocks[b] = c means: everything that b wrote before its c-th fence.
 #pragma once
@@ -36,6 +36,8 @@ class BlockOrder {
   }
   // Passes on what `release` holds, and hears what others have passed on at this address.
   void atomic(int block, const void* address, const Clocks* release);
+  // A load from L2: of an integer that others use for atomics, perhaps.
+  void hear(int block, const void* address);
   // May `block` read what `writer` wrote when it had made clock - 1 fences?
   bool ordered(int writer, uint32_t clock, int block, bool from_l2) const;
 

@@ -1,5 +1,6 @@
 // What a launch throws when a kernel breaks a rule.
 #pragma once
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +13,9 @@ struct Place {
   static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return {file, line};
   }
-  bool operator==(const Place& other) const { return line == other.line && file == other.file; }
+  bool operator==(const Place& other) const {
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+  }
 };
 
 enum class Fault {

@@ -140,6 +140,7 @@ const uint8_t* GlobalMemory::read(Thread& thread, const void* address, int bytes
     }
     state[i] |= Allocation::kReadNonCoherent;
   }
+  if (load == Load::kFromL2) Machine::instance().order().hear(thread.block->index, address);
   if (load != Load::kAtomic) {
     check_order(thread, buffer, offset, bytes, load == Load::kFromL2, "reads");
   }

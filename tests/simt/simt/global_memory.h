@@ -1,5 +1,6 @@
 // Global memory: the buffers that tests make for kernels, and the checks of every access to them.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -26,7 +27,7 @@ class Allocation {
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   bool written(size_t offset, size_t bytes) const;
-  void set_written() { std::memset(state_.data(), kWritten, state_.size()); }
+  void set_written() { std::fill(state_.begin(), state_.end(), uint8_t(kWritten)); }
 
  private:
   friend class GlobalMemory;

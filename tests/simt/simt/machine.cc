@@ -156,10 +156,6 @@ void Machine::thread_exits(Thread& thread) {
     thread.fail(Fault::kPendingCopy, "the thread returns with " + std::to_string(copies) +
                                          " copies under way; commit and wait for them");
   }
-  if (block.arrived > 0 || warp.waiting) {
-    thread.fail(Fault::kDivergence,
-                "after this the thread returns while others wait for it: " + waiting_text(block));
-  }
   warp.exited |= 1u << thread.lane();
   if (warp.exited == kAllLanes) warp.log.flush(places_);
   ++block.exited;
@@ -210,25 +206,26 @@ void Machine::wake(Warp& warp, uint32_t lanes) {
   warp.ready |= lanes;
 }
 
+// What threads do that cannot run: "threads 0-31 wait in sync_block at ...; threads 32-63 have returned".
 std::string Machine::waiting_text(const Block& block) const {
-  // Runs of threads that do the same.
-  const auto state = [&](int i) {
+  std::vector<std::pair<std::string, std::string>> groups;  // what they do, which threads
+  const auto what = [&](int i) {
     const Thread& thread = *block.threads[size_t(i)];
-    const uint32_t bit = 1u << thread.lane();
-    if (thread.warp->exited & bit) return std::string("have returned");
-    if (thread.warp->ready & bit || &thread == current_) return std::string();
+    if (thread.warp->exited >> thread.lane() & 1) return std::string("have returned");
     return std::string("wait in ") + name(thread.op) + " at " + at(thread.place);
   };
+  for (int first = 0, end; first < launch_.threads; first = end) {
+    const std::string doing = what(first);
+    for (end = first + 1; end < launch_.threads && what(end) == doing;) ++end;
+    auto group = std::find_if(groups.begin(), groups.end(),
+                              [&](const auto& known) { return known.first == doing; });
+    if (group == groups.end()) group = groups.insert(group, {doing, ""});
+    group->second += (group->second.empty() ? " " : ", ") + std::to_string(first) +
+                     (end > first + 1 ? "-" + std::to_string(end - 1) : "");
+  }
   std::string text;
-  for (int first = 0; first < launch_.threads;) {
-    const std::string what = state(first);
-    int end = first + 1;
-    while (end < launch_.threads && state(end) == what) ++end;
-    if (!what.empty()) {
-      text += (text.empty() ? "" : "; ") + std::string("threads ") + std::to_string(first) +
-              " to " + std::to_string(end - 1) + " " + what;
-    }
-    first = end;
+  for (const auto& group : groups) {
+    text += (text.empty() ? "" : "; ") + ("threads" + group.second) + " " + group.first;
   }
   return text;
 }
@@ -238,11 +235,15 @@ void Machine::report_deadlock() {
   current_ = nullptr;
   for (const auto& block : blocks_) {
     if (!block->running) continue;
-    error_ = std::make_exception_ptr(
-        Error(Fault::kDivergence,
-              launch_.kernel + ", block " + std::to_string(block->index) + ": " +
-                  name(Fault::kDivergence) + ": no thread can go on: " + waiting_text(*block),
-              {}, block->index));
+    const auto waits = [](const auto& thread) {
+      return !(thread->warp->exited >> thread->lane() & 1);
+    };
+    const Thread& first = **std::find_if(block->threads.begin(), block->threads.end(), waits);
+    error_ = std::make_exception_ptr(Error(
+        Fault::kDivergence,
+        at(first.place) + ": " + launch_.kernel + ", block " + std::to_string(block->index) + ": " +
+            name(Fault::kDivergence) + ": no thread can go on: " + waiting_text(*block),
+        first.place, block->index, first.index));
     return;
   }
 }
@@ -270,9 +271,6 @@ void Machine::may_switch(Thread& thread) {
 
 bool Machine::join_collective(Thread& thread) {
   Warp& warp = *thread.warp;
-  if (warp.exited) {
-    thread.fail(Fault::kDivergence, "needs all 32 lanes, but " + waiting_text(*thread.block));
-  }
   if (warp.waiting) {
     const Thread& other = warp.lane(__builtin_ctz(warp.waiting));
     if (other.op != thread.op || !(other.place == thread.place)) {
@@ -296,9 +294,6 @@ void Machine::count_collective(Thread& thread, int bank_conflicts) {
 void Machine::sync_block(Thread& thread) {
   Block& block = *thread.block;
   log(thread, Space::kNone, 0, 0);
-  if (block.exited > 0) {
-    thread.fail(Fault::kDivergence, "needs all threads of the block, but " + waiting_text(block));
-  }
   if (block.arrived > 0 && !(block.barrier_place == thread.place)) {
     thread.fail(Fault::kDivergence,
                 "others wait at another sync_block, " + at(block.barrier_place));

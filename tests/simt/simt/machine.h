@@ -31,7 +31,7 @@ struct Launch {
   // Blocks that are under way at once, switching at random; another one starts where one ends.
   int resident_blocks = 2;
   // Of threads. A kernel that spins on something that never comes is stopped here.
-  uint64_t max_instructions = 500'000'000;
+  uint64_t max_instructions = 100'000'000;
 };
 
 // Small and fast, for decisions of the scheduler.
@@ -150,13 +150,11 @@ class Machine {
   void start_block(Block& block);
   void schedule();
   Thread& pick();
-  void resume(Thread& thread);
   static void thread_main(void* thread);
   void thread_exits(Thread& thread);
   bool join_collective(Thread& thread);
   void wake(Warp& warp, uint32_t lanes);
   static void advance(const Thread& thread, uint32_t& epoch);
-  // What the block's threads do that cannot run: "threads 0 to 31 wait in sync_block at ..."
   std::string waiting_text(const Block& block) const;
   void report_deadlock();
 

@@ -85,11 +85,7 @@ void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
       for (int row = 0; row < 8; ++row) {
         const int giver = matrix * 8 + row;
         rows[row] = lanes[giver]->address;
-        if (rows[row] % 16 != 0) {
-          warp.lane(giver).fail(
-              Fault::kMisaligned,
-              "a row's address must be a multiple of 16, got " + std::to_string(rows[row]));
-        }
+        warp.block->shared.check(warp.lane(giver), lanes[giver]->address, 16);
         // The lane that receives the four bytes reads them.
         for (int quad = 0; quad < 4; ++quad) {
           const int receiver = row * 4 + quad;
@@ -101,6 +97,23 @@ void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
     }
     machine().count_collective(thread, conflicts);
   });
+}
+
+// Replaces what is there by change(it); returns what was there.
+template <class T, class Change>
+T atomic(Op op, T* address, Change change, Place place) {
+  Thread& thread = machine().begin(op, place);
+  machine().log(thread, Space::kNone, 0, 0);
+  T old;
+  std::memcpy(&old,
+              global().read(thread, address, sizeof(T), sizeof(T), GlobalMemory::Load::kAtomic),
+              sizeof(T));
+  machine().atomic(thread, address);
+  const T changed = change(old);
+  std::memcpy(global().write(thread, address, sizeof(T), GlobalMemory::Store::kAtomic), &changed,
+              sizeof(T));
+  machine().may_switch(thread);
+  return old;
 }
 
 }  // namespace detail
@@ -130,17 +143,14 @@ SK_DEVICE void fence_gpu(SK_PLACE) {
   detail::machine().fence(thread);
 }
 SK_DEVICE int atomic_add(int* address, int value, SK_PLACE) {
-  simt::Thread& thread = detail::machine().begin(simt::Op::kAtomicAdd, place);
-  detail::machine().log(thread, simt::Space::kNone, 0, 0);
-  int old;
-  std::memcpy(&old, detail::global().read(thread, address, 4, 4, simt::GlobalMemory::Load::kAtomic),
-              4);
-  detail::machine().atomic(thread, address);
-  const int sum = int(unsigned(old) + unsigned(value));
-  std::memcpy(detail::global().write(thread, address, 4, simt::GlobalMemory::Store::kAtomic), &sum,
-              4);
-  detail::machine().may_switch(thread);
-  return old;
+  return detail::atomic(
+      simt::Op::kAtomicAdd, address, [&](int old) { return int(unsigned(old) + unsigned(value)); },
+      place);
+}
+SK_DEVICE uint64_t atomic_min(uint64_t* address, uint64_t value, SK_PLACE) {
+  return detail::atomic(
+      simt::Op::kAtomicMin, address, [&](uint64_t old) { return value < old ? value : old; },
+      place);
 }
 SK_DEVICE uint32_t shuffle_xor(uint32_t value, int lane_mask, SK_PLACE) {
   return detail::shuffle(value, (thread_index() ^ lane_mask) & (simt::kLanes - 1), place);

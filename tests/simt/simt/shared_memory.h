@@ -18,6 +18,8 @@ class SharedMemory {
   void reset(uint32_t base, int bytes);
   uint32_t base() const { return base_; }
 
+  // Are these bytes the block's, and the address a multiple of them?
+  void check(Thread& thread, uint32_t address, int bytes) const { locate(thread, address, bytes); }
   void read(Thread& thread, uint32_t address, void* to, int bytes);
   void write(Thread& thread, uint32_t address, const void* from, int bytes);
   // cp.async: from issue to landing the bytes are poison, and nobody may touch them.

@@ -30,6 +30,8 @@ const char* name(Op op) {
       return "fence_gpu";
     case Op::kAtomicAdd:
       return "atomic_add";
+    case Op::kAtomicMin:
+      return "atomic_min";
     case Op::kShuffle:
       return "shuffle";
     case Op::kLoadGlobal:

@@ -15,6 +15,7 @@ enum class Op : uint8_t {
   kSyncWarp,
   kFence,
   kAtomicAdd,
+  kAtomicMin,
   kShuffle,
   kLoadGlobal,
   kStoreGlobal,

@@ -1,0 +1,82 @@
+"""The kernels of the registry for GPUs, each with the patterns that its format holds."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit import _native, _ops, parse_pattern
+from sparsekit._native import KernelInfo
+from sparsekit.testing import Problem, make_problem
+
+PATTERNS = (
+    "2:4",
+    "2:4v4",
+    "2:4v16",
+    "1:4",
+    "4:8",
+    "bsr1x1@0.5",
+    "bsr16x16@0.75",
+    "bsr32x32@0.75",
+    "bsr64x64@0.5",
+)
+DTYPES = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
+ACTIVATIONS = _ops.ACTIVATIONS
+GPU = torch.device("cuda:0")
+
+KERNELS = [kernel for kernel in _native.kernels() if kernel.device == "cuda"]
+
+
+@functools.cache
+def holds(format: str, pattern: str, dtype: torch.dtype) -> bool:
+    """Whether a format can store a pattern."""
+    problem = make_problem(1, 64, 128, pattern, dtype)
+    canonical = _native.compress(problem.weight, problem.mask, parse_pattern(pattern))
+    try:
+        _native.pack(canonical, format)
+    except ValueError:
+        return False
+    return True
+
+
+CASES = [
+    (kernel, pattern)
+    for kernel, pattern in itertools.product(KERNELS, PATTERNS)
+    if holds(kernel.format, pattern, DTYPES[kernel.dtype])
+]
+each_case = pytest.mark.parametrize(
+    ("kernel", "pattern"), CASES, ids=[f"{kernel.name}-{pattern}" for kernel, pattern in CASES]
+)
+# One for each format and dtype, in the order of the registry.
+MAIN = list(
+    {
+        (kernel.format, kernel.dtype): (kernel, pattern) for kernel, pattern in reversed(CASES)
+    }.values()
+)
+each_format = pytest.mark.parametrize(
+    ("kernel", "pattern"), MAIN, ids=[f"{kernel.name}-{pattern}" for kernel, pattern in MAIN]
+)
+
+
+def accepts(kernel: KernelInfo, pattern: str, m: int, n: int, k: int) -> bool:
+    dtype = DTYPES[kernel.dtype]
+    parsed = parse_pattern(pattern)
+    candidates = _native.explain(kernel.format, parsed, dtype, n, k, m, GPU)
+    return any(candidate.kernel == kernel.name and candidate.ok for candidate in candidates)
+
+
+def problem_on_gpu(
+    kernel: KernelInfo, pattern: str, m: int, n: int, k: int, integers: bool = True, seed: int = 0
+) -> Problem:
+    return make_problem(m, n, k, pattern, DTYPES[kernel.dtype], integers, seed, GPU)
+
+
+def pack_for(kernel: KernelInfo, pattern: str, problem: Problem) -> tuple[Tensor, tuple[int, ...]]:
+    """The weight in the kernel's format, on the GPU, and its header."""
+    canonical = _native.compress(problem.weight.cpu(), problem.mask.cpu(), parse_pattern(pattern))
+    data = _native.pack(canonical, kernel.format)
+    return data.to(GPU), _native.packed_header(data)
