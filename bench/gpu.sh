@@ -79,7 +79,9 @@ build() {
     "--config-settings=cmake.define.SPARSEKIT_CUDA_ARCHITECTURES=$arch" \
     --config-settings=cmake.define.CMAKE_CUDA_FLAGS=--split-compile=0 .
   run "what was built" build.log 60 "$python" -c \
-    'import sparsekit; print(sparsekit.__file__, sparsekit.dispatch.doctor(), sparsekit.kernels(), sep="\n")'
+    'import sys, sparsekit as sk
+print(sk.__file__, sk.dispatch.doctor(), sk.kernels(), sep="\n")
+sys.exit(not any(kernel.device == "cuda" and kernel.available for kernel in sk.kernels()))'
   run "mma_rate: build" build.log 60 nvcc -std=c++17 -O3 "-arch=sm_$arch" -I csrc -o "$site/mma_rate" \
     bench/micro/mma_rate.cu
 }

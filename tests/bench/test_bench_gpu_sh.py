@@ -10,7 +10,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 
 # Stands in for Python, nvcc and compute-sanitizer: notes how it was called and does what FAIL says.
 _STUB = """#!/bin/sh
-printf "%s\\n" "$(basename "$0") $*" >>"$CALLS"
+printf "%s %s\\n" "$(basename "$0")" "$(printf "%s" "$*" | tr "\\n" " ")" >>"$CALLS"
 case "$*" in *"-m bench.gpu "*) echo report >"$OUT_DIR/2026-05-04-some-gpu-sm90-gpu.md";; esac
 case "$*" in *"${FAIL:-no such words}"*) echo "it broke"; exit 7;; esac
 """
@@ -63,7 +63,7 @@ def test_the_syntax_is_right() -> None:
 def test_every_step_runs_and_leaves_few_files(sandbox: Sandbox) -> None:
     done = sandbox.run()
     assert done.returncode == 0, done.stderr
-    words = ["pip", "sparsekit.__file__", "nvcc", "pytest -m gpu"]
+    words = ["pip", "sk.__file__", "nvcc", "pytest -m gpu"]
     words += ["--tool memcheck", "--tool racecheck", "mma_rate", "-m bench.gpu --out"]
     assert len(sandbox.calls) == len(words)
     for call, word in zip(sandbox.calls, words, strict=True):
