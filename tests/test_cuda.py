@@ -192,6 +192,7 @@ def test_explain_wants_a_cpu_or_a_gpu() -> None:
     reasons = {c.kernel: c.reason for c in answer.candidates}
     assert reasons["matmul_nm_f32_scalar"] == "runs on the CPU, the problem is on a GPU"
     assert "on cuda" in str(answer)
+    assert "matmul_nm_f32_scalar" not in str(answer)
 
 
 def test_verdicts_name_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

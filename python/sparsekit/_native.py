@@ -91,6 +91,7 @@ class Candidate:
     chosen: bool
     cost_us: float | None
     reason: str
+    device: str  # "cpu" or "cuda": where its tensors are
 
 
 def _encode_pattern(pattern: Pattern) -> _PatternTuple:
@@ -355,8 +356,8 @@ def explain(
         device.index or 0,
     )
     return [
-        Candidate(name, ok, chosen, cost if ok else None, reason)
-        for name, ok, chosen, cost, reason in rows
+        Candidate(name, ok, chosen, cost if ok else None, reason, where)
+        for name, ok, chosen, cost, reason, where in rows
     ]
 
 
