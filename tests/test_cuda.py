@@ -120,18 +120,22 @@ def test_a_call_on_a_gpu_gets_aligned_rows_the_header_and_the_streams_workspace(
 def test_a_stream_has_one_workspace_and_a_captured_graph_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    capturing = False
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    capture = 0
+    monkeypatch.setattr(_native, "cuda_capture_id", lambda stream: capture)
     monkeypatch.setattr(_ops, "_new_workspace", lambda device: torch.zeros(1))
     monkeypatch.setattr(_ops, "_workspaces", {})
     first = _ops._workspace(GPU, 1)
     assert _ops._workspace(GPU, 1) is first
     assert _ops._workspace(GPU, 2) is not first
     assert _ops._workspace(torch.device("cuda:1"), 1) is not first
-    capturing = True
-    assert _ops._workspace(GPU, 1) is not _ops._workspace(GPU, 1)
-    capturing = False
-    assert _ops._workspace(GPU, 1) is first
+    capture = 7
+    graph = _ops._workspace(GPU, 1)
+    assert graph is not first
+    assert _ops._workspace(GPU, 1) is graph
+    capture = 8
+    assert _ops._workspace(GPU, 1) is not graph
+    capture = 0
+    assert _ops._workspace(GPU, 1) is not graph
 
 
 def test_packing_for_a_gpu_needs_none() -> None:
@@ -188,6 +192,7 @@ def test_explain_wants_a_cpu_or_a_gpu() -> None:
     reasons = {c.kernel: c.reason for c in answer.candidates}
     assert reasons["matmul_nm_f32_scalar"] == "runs on the CPU, the problem is on a GPU"
     assert "on cuda" in str(answer)
+    assert "matmul_nm_f32_scalar" not in str(answer)
 
 
 def test_verdicts_name_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,9 @@ inline int64_t cuda_workspace_bytes(int sm_count) {
   return kCudaCounterBytes + sm_count * kCudaPartBytesPerSm;
 }
 
+// A number for the graph that the stream's work is being captured into; 0 when it is not.
+uint64_t cuda_capture_id(void* stream);
+
 // ---- the parts that need no GPU to be tested ----
 
 // 103 as "10.3", and 12040 as "12.4".

@@ -316,6 +316,7 @@ std::vector<sk_candidate> explain(const Problem& problem) {
   for (const Kernel& kernel : kernels()) {
     sk_candidate c{};
     c.name = kernel.name;
+    c.device_type = kernel.where.device_type;
     const std::string refusal = why_not(kernel, problem);
     c.ok = refusal.empty();
     c.cost_us = c.ok ? kernel.functions->cost_us(problem) : 0;

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/cuda_info.h"
 #include "core/parallel.h"
 #include "sparsekit/sparsekit.h"
 
@@ -43,6 +44,8 @@ template <class T = void>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+const char* device_name(int device_type) { return device_type == SK_CUDA ? "cuda" : "cpu"; }
 
 // A canonical weight as Python passes it: addresses and sizes in bytes.
 struct Weight {
@@ -286,7 +289,7 @@ PYBIND11_MODULE(_C, m) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
       list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
-                        k.reason, k.device_type == SK_CUDA ? "cuda" : "cpu");
+                        k.reason, device_name(k.device_type));
     }
     return list;
   });
@@ -297,9 +300,10 @@ PYBIND11_MODULE(_C, m) {
           std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
           check(sk_explain_on(device_type, device_index, op.c_str(), format.c_str(), &p, dtype,
                               rows, n, k, threads, answers.data()));
-          std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
+          std::vector<std::tuple<std::string, bool, bool, double, std::string, std::string>> list;
           for (const sk_candidate& c : answers)
-            list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
+            list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason,
+                              device_name(c.device_type));
           return list;
         });
 
@@ -323,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
     check(sk_cuda_device_count(&count));
     return count;
   });
+  m.def("cuda_capture_id", [](uintptr_t stream) { return sk::cuda_capture_id(at(stream)); });
   m.def("cuda_info", [](int device) {
     sk_cuda_info info;
     check(sk_get_cuda_info(device, &info));

@@ -94,6 +94,7 @@ class Candidate:
     chosen: bool
     cost_us: float | None
     reason: str
+    device: str  # "cpu" or "cuda": where its tensors are
 
 
 def _encode_pattern(pattern: Pattern) -> _PatternTuple:
@@ -428,8 +429,8 @@ def explain(
         device.index or 0,
     )
     return [
-        Candidate(name, ok, chosen, cost if ok else None, reason)
-        for name, ok, chosen, cost, reason in rows
+        Candidate(name, ok, chosen, cost if ok else None, reason, where)
+        for name, ok, chosen, cost, reason, where in rows
     ]
 
 
@@ -444,6 +445,11 @@ def cuda_device_count() -> int:
 
 
 @functools.cache
+def cuda_capture_id(stream: int) -> int:
+    """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
+    return int(_C.cuda_capture_id(stream))
+
+
 def cuda_info(index: int) -> dict[str, Any]:
     """Name, compute capability, sizes in bytes and versions of a GPU.
 

@@ -141,27 +141,31 @@ def _given(op: str, header: Sequence[int] | None) -> Sequence[int]:
     return header
 
 
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_COUNTER_BYTES = 16 << 10
+_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
 
 def _workspace(device: torch.device, stream: int) -> Tensor:
     """Counters and partial sums for calls on one stream, which never overlap.
 
-    A captured graph gets one of its own, zeroed by the graph itself: graphs captured on the same
-    stream may be replayed on several at once.
+    A captured graph gets one of its own, whose counters the graph itself zeroes: graphs captured on
+    one stream may be replayed on several at once. It is let go with the next capture, and is then
+    the graph's, like all that was allocated in it.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device)
+    capture = _native.cuda_capture_id(stream)
     key = (device.index, stream)
-    workspace = _workspaces.get(key)
-    if workspace is None:
-        workspace = _workspaces[key] = _new_workspace(device)
-    return workspace
+    known = _workspaces.get(key)
+    if known is not None and known[0] == capture:
+        return known[1]
+    _workspaces[key] = capture, _new_workspace(device)
+    return _workspaces[key][1]
 
 
 def _new_workspace(device: torch.device) -> Tensor:
     nbytes: int = _native.cuda_info(device.index)["workspace_bytes"]
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    workspace[:_COUNTER_BYTES].zero_()
+    return workspace
 
 
 def _matrix(x: Tensor) -> Tensor:

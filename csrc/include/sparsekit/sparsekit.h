@@ -186,6 +186,7 @@ typedef struct sk_candidate {
   int32_t chosen;
   double cost_us; /* the cost model's estimate, 0 when not ok */
   char reason[192];
+  int32_t device_type; /* where its tensors are */
 } sk_candidate;
 
 /* The message of the last call on this thread that did not return SK_OK. Never NULL. */
