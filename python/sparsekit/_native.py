@@ -444,12 +444,12 @@ def cuda_device_count() -> int:
     return int(_C.cuda_device_count())
 
 
-@functools.cache
 def cuda_capture_id(stream: int) -> int:
     """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
     return int(_C.cuda_capture_id(stream))
 
 
+@functools.cache
 def cuda_info(index: int) -> dict[str, Any]:
     """Name, compute capability, sizes in bytes and versions of a GPU.
 
