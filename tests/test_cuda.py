@@ -138,6 +138,12 @@ def test_a_stream_has_one_workspace_and_a_captured_graph_its_own(
     assert _ops._workspace(GPU, 1) is not graph
 
 
+def test_each_call_asks_anew_which_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter((0, 1, 2, 0))
+    monkeypatch.setattr(_native._C, "cuda_capture_id", lambda stream: next(ids))
+    assert [_native.cuda_capture_id(7) for _ in range(4)] == [0, 1, 2, 0]
+
+
 def test_packing_for_a_gpu_needs_none() -> None:
     weight = make_problem(1, 33, 70, "2:4", torch.bfloat16).weight
     if not KERNELS:
