@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,25 +118,30 @@ def test_a_call_on_a_gpu_gets_aligned_rows_the_header_and_the_streams_workspace(
     assert dense.is_contiguous()
 
 
-def test_a_stream_has_one_workspace_and_a_captured_graph_its_own(
+def test_a_stream_has_one_workspace_and_each_captured_call_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    capture = 0
-    monkeypatch.setattr(_native, "cuda_capture_id", lambda stream: capture)
-    monkeypatch.setattr(_ops, "_new_workspace", lambda device: torch.zeros(1))
+    capturing = False
+    threads: list[int] = []
+
+    def make(device: torch.device, wait: bool = False) -> Tensor:
+        threads.append(threading.get_ident())
+        assert wait != capturing
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(_ops, "_new_workspace", make)
     monkeypatch.setattr(_ops, "_workspaces", {})
     first = _ops._workspace(GPU, 1)
     assert _ops._workspace(GPU, 1) is first
     assert _ops._workspace(GPU, 2) is not first
     assert _ops._workspace(torch.device("cuda:1"), 1) is not first
-    capture = 7
-    graph = _ops._workspace(GPU, 1)
-    assert graph is not first
-    assert _ops._workspace(GPU, 1) is graph
-    capture = 8
-    assert _ops._workspace(GPU, 1) is not graph
-    capture = 0
-    assert _ops._workspace(GPU, 1) is not graph
+    assert threading.get_ident() not in threads
+    capturing = True
+    assert _ops._workspace(GPU, 1) is not _ops._workspace(GPU, 1)
+    assert threads[-2:] == [threading.get_ident()] * 2
+    capturing = False
+    assert _ops._workspace(GPU, 1) is first
 
 
 def test_each_call_asks_anew_which_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.gpu
 # Around the tiles of 8, 16, 32, 64, 128 and 256.
 ROWS = (0, 1, 2, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 513)
 SIZES = (1, 8, 15, 17, 63, 64, 65, 127, 129, 256, 257)
-COUNTER_BYTES = 16 << 10  # at the start of a workspace
 
 
 def run(
@@ -54,7 +53,9 @@ def run(
     result = y.clone()
     y.fill_(poison)
     assert bool((buffer == poison).all()), "the kernel wrote outside its output"
-    assert not bool(workspace[:COUNTER_BYTES].any()), "the kernel left a counter that is not zero"
+    assert not bool(workspace[: _native.CUDA_COUNTER_BYTES].any()), (
+        "the kernel left a counter that is not zero"
+    )
     return result
 
 

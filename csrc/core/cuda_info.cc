@@ -74,14 +74,6 @@ const Found& found() {
 }  // namespace
 
 #if SK_HAVE_CUDA
-uint64_t cuda_capture_id(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  check_cuda(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id),
-             "asking whether a stream is being captured");
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-
 int cuda_driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
@@ -91,7 +83,6 @@ int cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 #else
-uint64_t cuda_capture_id(void*) { return 0; }
 int cuda_driver_version() { return 0; }
 int cuda_runtime_version() { return 0; }
 #endif

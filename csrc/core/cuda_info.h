@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "sparsekit/sparsekit.h"
+
 namespace sk {
 
 struct CudaDevice {
@@ -37,7 +39,7 @@ int cuda_driver_version();
 int cuda_runtime_version();
 
 // Counters of 4 bytes at the start of a workspace. They are zero before and after every call.
-constexpr int64_t kCudaCounterBytes = 16 << 10;
+constexpr int64_t kCudaCounterBytes = SK_CUDA_COUNTER_BYTES;
 
 // Behind them: partial sums of the tiles that blocks share, two tiles for each block that an SM holds.
 constexpr int64_t kCudaPartBytesPerSm = 256 << 10;
@@ -46,9 +48,6 @@ constexpr int64_t kCudaPartBytesPerSm = 256 << 10;
 inline int64_t cuda_workspace_bytes(int sm_count) {
   return kCudaCounterBytes + sm_count * kCudaPartBytesPerSm;
 }
-
-// A number for the graph that the stream's work is being captured into; 0 when it is not.
-uint64_t cuda_capture_id(void* stream);
 
 // ---- the parts that need no GPU to be tested ----
 

@@ -9,7 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#include "core/cuda_info.h"
 #include "core/parallel.h"
 #include "sparsekit/sparsekit.h"
 
@@ -322,12 +321,12 @@ PYBIND11_MODULE(_C, m) {
     d["threading"] = sk::parallel_backend();
     return d;
   });
+  m.attr("CUDA_COUNTER_BYTES") = SK_CUDA_COUNTER_BYTES;
   m.def("cuda_device_count", [] {
     int32_t count;
     check(sk_cuda_device_count(&count));
     return count;
   });
-  m.def("cuda_capture_id", [](uintptr_t stream) { return sk::cuda_capture_id(at(stream)); });
   m.def("cuda_info", [](int device) {
     sk_cuda_info info;
     check(sk_get_cuda_info(device, &info));

@@ -23,6 +23,9 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 CUDA_FORMAT = "nm_mma_sp"
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
+CUDA_COUNTER_BYTES: int = _C.CUDA_COUNTER_BYTES
+"""Bytes at the start of a workspace that are zero before and after every call."""
+
 _DEVICE_TYPES = ("cpu", "cuda")
 _DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
 _KEEP_MASK, _KEEP_NONZERO = 0, 1
@@ -373,8 +376,8 @@ def matmul_cuda(
         x: [m, k] as for `matmul`, rows on multiples of 16 bytes.
         data: a packed buffer on the GPU, whose `header` is on the host.
         stream: the cudaStream_t.
-        workspace: uint8, of the size that `cuda_info` says, zeroed before its first use; calls on
-            different streams need different ones.
+        workspace: uint8, of the size that `cuda_info` says, its first `CUDA_COUNTER_BYTES` zero;
+            calls that may run at the same time need different ones.
     """
     _C.matmul_cuda(
         x.shape[0],
@@ -442,11 +445,6 @@ def cpu_info() -> dict[str, Any]:
 def cuda_device_count() -> int:
     """GPUs that the library sees. This starts the CUDA driver."""
     return int(_C.cuda_device_count())
-
-
-def cuda_capture_id(stream: int) -> int:
-    """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
-    return int(_C.cuda_capture_id(stream))
 
 
 @functools.cache

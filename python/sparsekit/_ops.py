@@ -9,6 +9,7 @@ address is read, once more by the native code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -141,30 +142,35 @@ def _given(op: str, header: Sequence[int] | None) -> Sequence[int]:
     return header
 
 
-_COUNTER_BYTES = 16 << 10
-_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}
 
 
 def _workspace(device: torch.device, stream: int) -> Tensor:
     """Counters and partial sums for calls on one stream, which never overlap.
 
-    A captured graph gets one of its own, whose counters the graph itself zeroes: graphs captured on
-    one stream may be replayed on several at once. It is let go with the next capture, and is then
-    the graph's, like all that was allocated in it.
+    In a captured graph each call gets its own, whose counters the graph zeroes: graphs captured on
+    one stream may be replayed on several at once, and what outlives its call in the memory of a
+    graph is an error to torch.compile.
     """
-    capture = _native.cuda_capture_id(stream)
+    if torch.cuda.is_current_stream_capturing():
+        return _new_workspace(device)
     key = (device.index, stream)
-    known = _workspaces.get(key)
-    if known is not None and known[0] == capture:
-        return known[1]
-    _workspaces[key] = capture, _new_workspace(device)
-    return _workspaces[key][1]
+    workspace = _workspaces.get(key)
+    if workspace is None:
+        # By a thread of its own: before it captures, torch.compile lets the calling one allocate
+        # from the graphs' memory as well.
+        with ThreadPoolExecutor(1) as executor:
+            workspace = executor.submit(_new_workspace, device, wait=True).result()
+        _workspaces[key] = workspace
+    return workspace
 
 
-def _new_workspace(device: torch.device) -> Tensor:
+def _new_workspace(device: torch.device, wait: bool = False) -> Tensor:
     nbytes: int = _native.cuda_info(device.index)["workspace_bytes"]
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    workspace[:_COUNTER_BYTES].zero_()
+    workspace[: _native.CUDA_COUNTER_BYTES].zero_()
+    if wait:
+        torch.cuda.current_stream(device).synchronize()
     return workspace
 
 

@@ -118,8 +118,8 @@ typedef struct sk_matmul_args {
   int32_t device_index;
   void* stream;              /* cudaStream_t */
   const void* weight_header; /* host copy of the first SK_HEADER_BYTES of the packed buffer */
-  /* Zeroed once before its first use; each call leaves the counters at its start zero again. Calls
-   * that may run at the same time need workspaces of their own. */
+  /* Starts with SK_CUDA_COUNTER_BYTES of counters, which are zero before each call and, once its work
+   * is done, zero again. Calls that may run at the same time need workspaces of their own. */
   void* workspace;
   int64_t workspace_bytes; /* at least what sk_get_cuda_info says */
 } sk_matmul_args;
@@ -165,6 +165,7 @@ typedef struct sk_unpack_cuda_args {
 
 /* What every packed buffer starts with: the header, and zeros up to here. */
 #define SK_HEADER_BYTES 128
+#define SK_CUDA_COUNTER_BYTES 16384
 
 /* One line of the kernel registry. */
 typedef struct sk_kernel_info {
