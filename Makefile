@@ -8,6 +8,7 @@
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
 #   make cuda-report compiles the CUDA kernels for every GPU; registers, spills, instructions: docs/cuda_kernels.md
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
+#   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
 #   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
@@ -20,7 +21,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes gpu-bench models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -28,6 +29,8 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REGIMES_ARGS ?=
+GPU_ARGS   ?=
+OUT        ?= build/gpu
 MODELS_ARGS ?=
 # GPUs that development builds compile for: native, a list such as "80;90", or all (minutes). Wheels get all.
 CUDA_ARCHITECTURES ?= 80
@@ -74,6 +77,10 @@ bench: $(VENV)/.extra-bench
 
 regimes: $(VENV)/.extra-bench
 	$(BIN)/python -m bench.regimes $(REGIMES_ARGS)
+
+# With the torch, CUDA compiler and tools that are there: nothing is installed but the package.
+gpu-bench:
+	PYTHON=$(PYTHON) bench/gpu.sh $(OUT) $(GPU_ARGS)
 
 models: $(VENV)/.extra-models
 	$(BIN)/python -m bench.models $(MODELS_ARGS)

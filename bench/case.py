@@ -49,7 +49,7 @@ def chosen_cases(shapes: tuple[Shape, ...] = SHAPES) -> Iterator[Case]:
 
 
 def kernel_cases() -> Iterator[Case]:
-    """Every kernel of the registry this machine can run, on one shape, by each pattern it reads."""
+    """Every kernel of the registry this CPU can run, on one shape, by each pattern it reads."""
     dtypes = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
     for kernel in sk.kernels():
         if not kernel.available or kernel.device != "cpu" or dtypes[kernel.dtype] not in DTYPES:
@@ -107,11 +107,22 @@ def random_mask(pattern: sk.Pattern, n: int, k: int, generator: torch.Generator)
     return pattern.cover(corners)
 
 
+def streamed_bytes(pattern: sk.Pattern, n: int, k: int, dtype: torch.dtype) -> int:
+    """What a kernel must read of a packed weight: values and positions, nothing twice."""
+    if isinstance(pattern, sk.NM):
+        slots = -(-k // pattern.m) * pattern.n
+        bits = 2 if pattern.m <= 4 else 4
+        return n * slots * dtype.itemsize + n * slots * bits // 8
+    assert isinstance(pattern, sk.BlockSparse)
+    rows, columns = pattern.block_shape
+    return pattern.blocks_kept(n, k) * (rows * columns * dtype.itemsize + 4)
+
+
 # Multiply-adds of a float64 reference that take well below a second.
 _CHECKED = 1 << 31
 
 
-def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Holds a result to the package's tolerance rule, a large one by some of its rows.
 
     The first and the last row are always among them: there tiles begin and end.

@@ -16,6 +16,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> tuple[int, int]:
+    """(n, k) of a layer written NxK, for argparse."""
+    try:
+        n, k = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NxK such as 4096x1024, got {text!r}") from None
+    if n < 1 or k < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {text!r}")
+    return n, k
+
+
 def add_worker_options(parser: argparse.ArgumentParser, engines: Sequence[str]) -> None:
     """`--<engine> PYTHON` for engines in environments of their own."""
     for engine in engines:

@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, occupancy, instructions.
 
-    python -m bench.cuda_report build/cuda/CMakeFiles/sparsekit.dir/csrc/cuda/*.o --out docs/cuda_kernels.md
+    python -m bench.cuda_report build/cuda/CMakeFiles/sparsekit.dir/csrc/cuda/*.o --out FILE.md
 
 needs cuobjdump and nvdisasm (of the CUDA toolkit, or the PyPI packages nvidia-cuda-cuobjdump and
 nvidia-cuda-nvdisasm). Fails when a kernel spills, uses local memory, has no tensor-core instruction
@@ -28,6 +28,15 @@ SHARED_RESERVED = 1024
 
 # The longest loop of the SASS names is part of the proof; these are the instructions it must have.
 SPARSE_MMA, DENSE_MMA = "HMMA.SP.16832", "HMMA.16816"
+
+HEAD = """# What the compiler made of the CUDA kernels
+
+Made by `make cuda-report`, which fails where a kernel spills registers, touches local memory, lacks
+its tensor-core instruction (`HMMA.SP.16832` for 2:4, `HMMA.16816` for blocks), or copies and loads
+in less than 16 bytes a thread. Columns of GPUs: registers of a thread (the larger of f16 and bf16),
+and how many blocks an SM holds at once by registers and shared memory. Nothing here was measured on
+a GPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def tiles() -> dict[str, Tile]:
 
 
 def kernel_name(mangled: str) -> str:
-    """ "nm_mma_sp f16 256x128" of a mangled instance of matmul_mma; other functions stay as they are."""
+    """Of an instance of matmul_mma "nm_mma_sp f16 256x128"; other functions stay as they are."""
     match = re.search(r"matmul_mma.*?ptx\d+(B?F16)ELi(\d+)ELi(\d+)E.*?(Nm|Bsr)Weights", mangled)
     if not match:
         return mangled
@@ -91,19 +100,28 @@ def kernel_name(mangled: str) -> str:
 
 def find_tool(name: str) -> str:
     """The tool on the PATH, of a CUDA toolkit, or of the PyPI package."""
-    places = [Path(sysconfig.get_path("platlib")) / "nvidia" / cuda / "bin" for cuda in ("cu13", "cu12")]
+    places = [
+        Path(sysconfig.get_path("platlib")) / "nvidia" / cuda / "bin" for cuda in ("cu13", "cu12")
+    ]
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places), "/usr/local/cuda/bin"])
     tool = shutil.which(name, path=path)
     if tool is None:
-        raise SystemExit(f"{name} is missing; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise SystemExit(
+            f"{name} is missing; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
     return tool
 
 
 def dump(objects: list[str], *options: str) -> str:
     tool = find_tool("cuobjdump")
-    environment = dict(os.environ, PATH=os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), os.environ["PATH"]]))
+    environment = dict(
+        os.environ,
+        PATH=os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), os.environ["PATH"]]),
+    )
     texts = [
-        subprocess.run([tool, *options, path], check=True, capture_output=True, text=True, env=environment).stdout
+        subprocess.run(
+            [tool, *options, path], check=True, capture_output=True, text=True, env=environment
+        ).stdout
         for path in objects
     ]
     return "\n".join(texts)
@@ -126,7 +144,9 @@ def read_code(objects: list[str]) -> dict[tuple[str, str], Code]:
             architecture = match[1]
         elif match := re.match(r"Function : (\S+)", line.strip()):
             code = found[kernel_name(match[1]), architecture]
-        elif code and (match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line.strip())):
+        elif code and (
+            match := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line.strip())
+        ):
             code.instructions[match[1]] += 1
     return found
 
@@ -152,7 +172,9 @@ def faults(name: str, architecture: str, code: Code) -> list[str]:
 
 def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str:
     """The page for the documentation."""
-    architectures = sorted({architecture for _, architecture in found}, key=lambda a: int(a.rstrip("a")))
+    architectures = sorted(
+        {architecture for _, architecture in found}, key=lambda a: int(a.rstrip("a"))
+    )
     head = ["tile", "threads", "stages", "shared memory", *(f"sm_{a}" for a in architectures)]
     lines = []
     for family, title in (("nm_mma_sp", "2:4"), ("bsr_mma", "blocks")):
@@ -164,7 +186,9 @@ def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str
             size = name.split()[1]
             cells = [size, str(tile.threads), str(tile.stages), f"{tile.shared / 1024:.1f} KiB"]
             for architecture in architectures:
-                codes = [found[f"{family} {dtype} {size}", architecture] for dtype in ("f16", "bf16")]
+                codes = [
+                    found[f"{family} {dtype} {size}", architecture] for dtype in ("f16", "bf16")
+                ]
                 registers = max(code.registers for code in codes)
                 blocks = tile.blocks_of_sm(architecture, registers)
                 cells.append(f"{registers}, {blocks}" if blocks else f"{registers}, does not fit")
@@ -172,26 +196,28 @@ def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str
         lines.append("")
     return "\n".join(
         [
-            "# What the compiler made of the CUDA kernels",
-            "",
-            "Made by `make cuda-report`, which also fails where a kernel spills registers, touches local memory, lacks its",
-            "tensor-core instruction (`HMMA.SP.16832` for 2:4, `HMMA.16816` for blocks) or copies and loads in less than 16",
-            "bytes a thread. Columns of GPUs: registers of a thread (the larger of f16 and bf16), and how many blocks an SM holds",
-            "at once by registers and shared memory. Nothing here was measured on a GPU.",
-            "",
+            HEAD,
             *lines,
         ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("objects", nargs="+", help="object files, cubins or libraries with CUDA code")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "objects", nargs="+", help="object files, cubins or libraries with CUDA code"
+    )
     parser.add_argument("--out", type=Path, help="write the page here")
     arguments = parser.parse_args()
     found, all_tiles = read_code(arguments.objects), tiles()
     architectures = {architecture for _, architecture in found}
-    bad = [fault for (name, architecture), code in found.items() for fault in faults(name, architecture, code)]
+    bad = [
+        fault
+        for (name, architecture), code in found.items()
+        for fault in faults(name, architecture, code)
+    ]
     for name in all_tiles:
         family, size = name.split()
         bad += [

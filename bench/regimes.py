@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import sparsekit as sk
 from bench import isa, peers
 from bench.baselines import BASELINES, Baseline, Unavailable
-from bench.case import Case, machine, prepare
-from bench.command import add_worker_options, console, positive
+from bench.case import Case, machine, prepare, streamed_bytes
+from bench.command import add_worker_options, console, positive, size
 from bench.regimes_report import LOSS, Result, Run, save, tables
 from bench.shapes import Shape
 from bench.timing import HOPELESS, Rivals, contenders, rounds_within, scout, timed_call
@@ -104,19 +103,6 @@ AVX2 = (
 def regimes(isa_in_use: str) -> tuple[Regime, ...]:
     """The regimes of an instruction set; of one without goals of its own, those of AVX-512."""
     return AVX2 if isa_in_use == "avx2" else AVX512
-
-
-def streamed_bytes(packed: sk.PackedWeight) -> int:
-    """What a kernel must read of a packed weight: values and positions, nothing twice."""
-    pattern, (n, k) = packed.pattern, packed.shape
-    size = packed.dtype.itemsize
-    if isinstance(pattern, sk.NM):
-        slots = -(-k // pattern.m) * pattern.n
-        bits = 2 if pattern.m <= 4 else 4
-        return n * slots * size + n * slots * bits // 8
-    assert isinstance(pattern, sk.BlockSparse)
-    rows, columns = pattern.block_shape
-    return pattern.blocks_kept(n, k) * (rows * columns * size + 4)
 
 
 # A layer streams when its compressed weight is this many times the last-level cache: caches that
@@ -253,7 +239,8 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
             verdict = gate.measure(prepared.layer.packed, case.m, prepared.layer.bias)
     rate = share = None
     if job.regime.streaming:
-        streamed = streamed_bytes(prepared.layer.packed)
+        packed = prepared.layer.packed
+        streamed = streamed_bytes(packed.pattern, *packed.shape, packed.dtype)
         rate = streamed / medians["ours"] / 1e9
         share = rivals.speedup("ours", _READ) * streamed / _buffer().nbytes
     return Result(
@@ -293,16 +280,6 @@ def estimate(todo: Sequence[Job], seconds: float) -> list[float]:
     ]
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        n, k = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NxK such as 4096x1024, got {text!r}") from None
-    if n < 1 or k < 1:
-        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {text!r}")
-    return n, k
-
-
 SPARSE_PEERS = tuple(b.name for b in (*BASELINES, *peers.SCIPY) if not b.dense)
 
 
@@ -320,7 +297,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     known = (*SPARSE_PEERS, *peers.WORKERS)
     add = parser.add_argument
     add("--regimes", nargs="+", default=["*"], metavar="GLOB", help="names, or globs over them")
-    add("--shapes", nargs="+", type=_size, default=list(SIZES), metavar="NxK")
+    add("--shapes", nargs="+", type=size, default=list(SIZES), metavar="NxK")
     add("--rows", nargs="+", type=positive, metavar="M", help="only these values of m")
     add("--threads", nargs="+", type=positive, default=[1, 2], metavar="T")
     add("--rounds", type=positive, default=21, help="most rounds of a case")

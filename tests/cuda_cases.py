@@ -69,14 +69,26 @@ def accepts(kernel: KernelInfo, pattern: str, m: int, n: int, k: int) -> bool:
     return any(candidate.kernel == kernel.name and candidate.ok for candidate in candidates)
 
 
+# Kernels of one format share their problems, which take longer to make than to solve.
+_make_problem = functools.lru_cache(maxsize=1024)(make_problem)
+
+
 def problem_on_gpu(
     kernel: KernelInfo, pattern: str, m: int, n: int, k: int, integers: bool = True, seed: int = 0
 ) -> Problem:
-    return make_problem(m, n, k, pattern, DTYPES[kernel.dtype], integers, seed, GPU)
+    """Not to be written to."""
+    return _make_problem(m, n, k, pattern, DTYPES[kernel.dtype], integers, seed, GPU)
 
 
 def pack_for(kernel: KernelInfo, pattern: str, problem: Problem) -> tuple[Tensor, tuple[int, ...]]:
     """The weight in the kernel's format, on the GPU, and its header."""
-    canonical = _native.compress(problem.weight.cpu(), problem.mask.cpu(), parse_pattern(pattern))
-    data = _native.pack(canonical, kernel.format)
+    return _pack(kernel.format, pattern, problem.weight, problem.mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pack(
+    format: str, pattern: str, weight: Tensor, mask: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    canonical = _native.compress(weight.cpu(), mask.cpu(), parse_pattern(pattern))
+    data = _native.pack(canonical, format)
     return data.to(GPU), _native.packed_header(data)

@@ -138,6 +138,12 @@ def test_a_stream_has_one_workspace_and_a_captured_graph_its_own(
     assert _ops._workspace(GPU, 1) is not graph
 
 
+def test_each_call_asks_anew_which_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter((0, 1, 2, 0))
+    monkeypatch.setattr(_native._C, "cuda_capture_id", lambda stream: next(ids))
+    assert [_native.cuda_capture_id(7) for _ in range(4)] == [0, 1, 2, 0]
+
+
 def test_packing_for_a_gpu_needs_none() -> None:
     weight = make_problem(1, 33, 70, "2:4", torch.bfloat16).weight
     if not KERNELS:
@@ -192,6 +198,7 @@ def test_explain_wants_a_cpu_or_a_gpu() -> None:
     reasons = {c.kernel: c.reason for c in answer.candidates}
     assert reasons["matmul_nm_f32_scalar"] == "runs on the CPU, the problem is on a GPU"
     assert "on cuda" in str(answer)
+    assert "matmul_nm_f32_scalar" not in str(answer)
 
 
 def test_verdicts_name_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,11 +74,6 @@ const Found& found() {
 }  // namespace
 
 #if SK_HAVE_CUDA
-void fail_cuda(cudaError_t error, const std::string& doing) {
-  throw Error(SK_RUNTIME_ERROR, concat("CUDA failed while ", doing, ": ", cudaGetErrorName(error),
-                                       ", ", cudaGetErrorString(error)));
-}
-
 uint64_t cuda_capture_id(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;

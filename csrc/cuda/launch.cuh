@@ -22,15 +22,19 @@ struct TileKernel {
 
   static std::string refusal(const Problem& p) {
     const std::string why = Family::refusal(p, Tile::kRows);
-    if (!why.empty() || blocks_per_sm(kShape, *p.gpu) > 0) return why;
-    return concat("needs ", kShape.shared_bytes >> 10,
-                  " KiB of shared memory for a block, the GPU has ", p.gpu->shared_per_block >> 10);
+    if (!why.empty()) return why;
+    if (blocks_per_sm(kShape, *p.gpu) == 0) {
+      return concat("needs ", kShape.shared_bytes >> 10,
+                    " KiB of shared memory for a block, the GPU has ",
+                    p.gpu->shared_per_block >> 10);
+    }
+    // Tile::kRows x 64 weights are a stage; one token tile has to fit into a launch.
+    return stages(p).all < kLongestLine ? ""
+                                        : "the weight has 2^31 stages or more; split it along n";
   }
 
   static double cost(const Problem& p) {
-    const double kept = p.kept_share() * double(p.n) * double(p.k);
-    return cost_us(kShape, Family::stages(p.n, p.k, kept, Tile::kRows), p.m, Family::bytes(kept),
-                   p.n, p.k, *p.gpu);
+    return cost_us(kShape, stages(p), p.m, Family::bytes(kept(p)), p.n, p.k, *p.gpu);
   }
 
   static void run(const MatmulCall& call) {
@@ -74,6 +78,9 @@ struct TileKernel {
   }
 
  private:
+  static double kept(const Problem& p) { return p.kept_share() * double(p.n) * double(p.k); }
+  static Stages stages(const Problem& p) { return Family::stages(p.n, p.k, kept(p), Tile::kRows); }
+
   // A block gets more than 48 KiB only where it was asked for, once on each device.
   static void allow_shared_memory(int device) {
     static std::atomic<uint64_t> allowed{0};

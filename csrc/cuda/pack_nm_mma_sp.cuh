@@ -10,6 +10,7 @@
 namespace sk {
 
 constexpr int kSpThreads = 256;
+constexpr int kSpBlocksPerSm = 5;  // the most for which registers suffice on every GPU
 constexpr int kSpBlockColumns = kSpThreads / 32 * kSpUnitColumns;  // a unit a warp, side by side
 
 // Below 2^31, the limit of a grid, for every weight that fits into the memory of a GPU.
@@ -195,7 +196,8 @@ SK_DEVICE void from_tile(uint32_t& first, uint32_t& second, int lane) {
 }  // namespace sp
 
 template <SpMask kMask>
-__global__ void __launch_bounds__(kSpThreads) sp_pack_kernel(const SpPackArgs args) {
+__global__ void __launch_bounds__(kSpThreads, kSpBlocksPerSm)
+    sp_pack_kernel(const SpPackArgs args) {
   const sp::Share share(args.k);
   if (share.past_k) return;
 
@@ -273,7 +275,8 @@ __global__ void __launch_bounds__(kSpThreads) sp_pack_kernel(const SpPackArgs ar
                     even | odd << 8);
 }
 
-static __global__ void __launch_bounds__(kSpThreads) sp_unpack_kernel(const SpUnpackArgs args) {
+static __global__ void __launch_bounds__(kSpThreads, kSpBlocksPerSm)
+    sp_unpack_kernel(const SpUnpackArgs args) {
   const sp::Share share(args.k);
   if (share.past_k) return;
 

@@ -14,6 +14,9 @@ constexpr int kStageColumns = 64;
 constexpr int kMinStages =
     8;  // fewer of them for a block do not pay for adding up the parts of a tile
 
+// The line of stages of a launch (tile_scheduler.cuh) is counted in int32.
+constexpr int64_t kLongestLine = (int64_t{1} << 31) - 1;
+
 // The host's view of a Tile and its Weights.
 struct TileShape {
   int rows, tokens;
@@ -45,9 +48,8 @@ inline int blocks_per_sm(const TileShape& tile, const CudaDevice& device) {
 
 inline Plan plan(const TileShape& tile, const Stages& stages, int64_t m, const CudaDevice& device) {
   Plan p{};
-  const int64_t line = (int64_t{1} << 31) - 1;
-  p.token_tiles =
-      int(std::min(ceil_div(m, int64_t{tile.tokens}), std::max<int64_t>(1, line / stages.all)));
+  p.token_tiles = int(
+      std::min(ceil_div(m, int64_t{tile.tokens}), std::max<int64_t>(1, kLongestLine / stages.all)));
   p.tokens = std::min(m, p.token_tiles * int64_t{tile.tokens});
   const int64_t tiles = stages.row_tiles * p.token_tiles;
   const int64_t blocks = int64_t{std::max(1, blocks_per_sm(tile, device))} * device.sm_count;

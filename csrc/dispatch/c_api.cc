@@ -8,6 +8,7 @@
 #include "core/cuda_info.h"
 #include "core/dtype.h"
 #include "core/error.h"
+#include "dispatch/pack_cuda.h"
 #include "dispatch/preferences.h"
 #include "dispatch/registry.h"
 #include "layout/format.h"
@@ -118,6 +119,15 @@ sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* 
   });
 }
 
+sk_status sk_format_bytes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k,
+                          int64_t nnzb, const char* format, int64_t* bytes) {
+  return guard([&] {
+    deref(bytes, "bytes") =
+        sk::make_header(deref(pattern, "pattern"), dtype, n, k, nnzb, sk::find_format(format))
+            .bytes;
+  });
+}
+
 sk_status sk_pack(const sk_weight* weight, const char* format, void* packed, int64_t bytes) {
   return guard([&] { sk::pack(deref(weight, "weight"), sk::find_format(format), packed, bytes); });
 }
@@ -139,6 +149,14 @@ sk_status sk_read_packed_info(const void* packed, int64_t bytes, sk_packed_info*
 
 sk_status sk_unpack(const void* packed, int64_t bytes, sk_weight* out) {
   return guard([&] { sk::unpack(sk::open_packed(packed, bytes), deref(out, "out")); });
+}
+
+sk_status sk_pack_cuda(const sk_pack_cuda_args* args) {
+  return guard([&] { sk::pack_on_gpu(deref(args, "args")); });
+}
+
+sk_status sk_unpack_cuda(const sk_unpack_cuda_args* args) {
+  return guard([&] { sk::unpack_on_gpu(deref(args, "args")); });
 }
 
 sk_status sk_matmul(const sk_matmul_args* args, const char* kernel) {

@@ -4,9 +4,6 @@
 
 namespace sk {
 
-// The packed weight whose bytes are on a GPU; `copy` receives its header.
-PackedWeight open_on_gpu(const sk_matmul_args& args, PackedHeader& copy);
-
 // Alignment, and that y shares no element with what the kernel reads. m >= 1.
 void check_addresses(const sk_matmul_args& args);
 void check_workspace(const sk_matmul_args& args, const CudaDevice& gpu);

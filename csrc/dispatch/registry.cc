@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/dtype.h"
+#include "dispatch/gpu_arguments.h"
 #include "dispatch/matmul_cuda.h"
 #include "dispatch/preferences.h"
 
@@ -288,7 +289,9 @@ void matmul(const sk_matmul_args& a, const char* force) {
              "matmul: expected device_type cpu (0) or cuda (1), got ", a.device_type);
   const bool on_gpu = a.device_type == SK_CUDA;
   PackedHeader copy;  // of a weight on a GPU
-  const PackedWeight weight = on_gpu ? open_on_gpu(a, copy) : open_packed(a.weight, a.weight_bytes);
+  const PackedWeight weight = on_gpu ? open_on_gpu("matmul", a.weight, a.weight_bytes,
+                                                   "weight_header", a.weight_header, copy)
+                                     : open_packed(a.weight, a.weight_bytes);
   const PackedHeader& h = *weight.header;
   check_arguments(a, h);
   if (a.m == 0) return;
@@ -347,6 +350,7 @@ std::vector<sk_candidate> explain(const Problem& problem) {
   for (const Kernel& kernel : kernels()) {
     sk_candidate c{};
     c.name = kernel.name;
+    c.device_type = kernel.where.device_type;
     std::string reason = why_not(kernel, problem);
     c.ok = reason.empty();
     c.chosen = c.ok && (&kernel == choice || forced_kernel() == kernel.name);

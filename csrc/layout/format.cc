@@ -45,22 +45,28 @@ int find_format(const char* name) {
               concat("format: expected one of ", known, ", got '", name ? name : "", "'"));
 }
 
-PackedHeader make_header(const sk_weight& weight, int format_id) {
+PackedHeader make_header(const sk_pattern& pattern, int dtype, int64_t n, int64_t k, int64_t nnzb,
+                         int format_id) {
+  weight_sizes(pattern, dtype, n, k, nnzb);  // checks them all
+  SK_REQUIRE(format(format_id).fits(pattern, dtype), "pack: format ", format(format_id).name,
+             " does not hold the pattern ", pattern_name(pattern), " in ", dtype_name(dtype));
   PackedHeader header{};
-  header.nnzb = check_weight_sizes(weight);
-  SK_REQUIRE(format(format_id).fits(weight.pattern, weight.dtype), "pack: format ",
-             format(format_id).name, " does not hold the pattern ", pattern_name(weight.pattern),
-             " in ", dtype_name(weight.dtype));
   header.magic = kPackedMagic;
   header.format = format_id;
-  header.pattern = weight.pattern;
-  header.dtype = weight.dtype;
+  header.pattern = pattern;
+  header.dtype = dtype;
   header.panel_rows = 1;
-  header.n = weight.n;
-  header.k = weight.k;
+  header.n = n;
+  header.k = k;
+  header.nnzb = pattern.family == SK_FAMILY_BSR ? nnzb : 0;
   format(format_id).layout(header);
   header.checksum = checksum(header);
   return header;
+}
+
+PackedHeader make_header(const sk_weight& weight, int format_id) {
+  const int64_t nnzb = check_weight_sizes(weight);
+  return make_header(weight.pattern, weight.dtype, weight.n, weight.k, nnzb, format_id);
 }
 
 void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes) {

@@ -71,6 +71,8 @@ enum FormatId { kNm = 0, kBsr, kNmRows16, kBsrRows, kNmQuads, kNmMmaSp, kBsrMma,
 const Format& format(int id);
 int find_format(const char* name);  // throws ValueError naming the known ones
 
+PackedHeader make_header(const sk_pattern& pattern, int dtype, int64_t n, int64_t k, int64_t nnzb,
+                         int format_id);
 PackedHeader make_header(const sk_weight& weight, int format_id);
 void pack(const sk_weight& weight, int format_id, void* buffer, int64_t bytes);
 void unpack(const PackedWeight& packed, sk_weight& out);

@@ -31,9 +31,7 @@ void compress_nm(const T* dense, int64_t row_stride, const uint8_t* mask, sk_wei
         for (int64_t c = 0; c < width; ++c) kept[size_t(c)] |= mask[row * out.k + col0 + c] != 0;
       }
       for (int flag : kept) count += flag;
-      SK_REQUIRE(count <= p.kept, "mask: does not fit ", pattern_name(p), ": rows ", row0, " to ",
-                 row1 - 1, ", columns ", col0, " to ", col0 + width - 1, " keep ", count,
-                 " positions, at most ", p.kept, " are allowed; make the mask with sparsekit.mask");
+      if (count > p.kept) fail_mask(p, out.n, out.k, row0, group, count);
       for (int c = 0; count < p.kept; ++c) {  // fill up with zeros at the lowest free positions
         if (!kept[size_t(c)]) kept[size_t(c)] = 2, ++count;
       }
@@ -127,6 +125,15 @@ void decompress_bsr(const sk_weight& w, T* dense, int64_t row_stride) {
 std::string pattern_name(const sk_pattern& p) {
   if (p.family == SK_FAMILY_BSR) return concat("bsr", p.block_rows, "x", p.block_cols);
   return concat(p.kept, ":", p.group, p.vector > 1 ? concat("v", p.vector) : "");
+}
+
+void fail_mask(const sk_pattern& p, int64_t n, int64_t k, int64_t row0, int64_t group, int count) {
+  const int64_t row1 = std::min(n, row0 + p.vector);
+  const int64_t col0 = group * p.group, col1 = std::min(k, col0 + p.group);
+  throw Error(SK_INVALID_ARGUMENT,
+              concat("mask: does not fit ", pattern_name(p), ": rows ", row0, " to ", row1 - 1,
+                     ", columns ", col0, " to ", col1 - 1, " keep ", count, " positions, at most ",
+                     p.kept, " are allowed; make the mask with sparsekit.mask"));
 }
 
 Geometry geometry(const sk_pattern& p, int dtype, int64_t n, int64_t k) {

@@ -34,6 +34,10 @@ int64_t check_weight_sizes(const sk_weight& weight);
 void validate(const sk_weight& weight);
 
 int64_t count_blocks(const sk_pattern& pattern, const uint8_t* mask, int64_t n, int64_t k);
+// What compress() says to a mask of which a group, in the vector that starts with row0, keeps `count`
+// positions: too many.
+[[noreturn]] void fail_mask(const sk_pattern& pattern, int64_t n, int64_t k, int64_t row0,
+                            int64_t group, int count);
 void compress(const void* dense, int64_t row_stride, const uint8_t* mask, sk_weight& out);
 void decompress(const sk_weight& weight, void* dense, int64_t row_stride);
 

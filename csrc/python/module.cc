@@ -45,6 +45,8 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+const char* device_name(int device_type) { return device_type == SK_CUDA ? "cuda" : "cpu"; }
+
 // A canonical weight as Python passes it: addresses and sizes in bytes.
 struct Weight {
   PatternTuple pattern;
@@ -165,6 +167,13 @@ PYBIND11_MODULE(_C, m) {
     check(sk_packed_bytes(&w, format.c_str(), &bytes));
     return bytes;
   });
+  m.def("format_bytes", [](PatternTuple pattern, int dtype, int64_t n, int64_t k, int64_t nnzb,
+                           const std::string& format) {
+    const sk_pattern p = to_pattern(pattern);
+    int64_t bytes;
+    check(sk_format_bytes(&p, dtype, n, k, nnzb, format.c_str(), &bytes));
+    return bytes;
+  });
   m.def("pack",
         [](const Weight& weight, const std::string& format, uintptr_t packed, int64_t bytes) {
           const sk_weight w = weight.get();
@@ -183,10 +192,65 @@ PYBIND11_MODULE(_C, m) {
     std::memcpy(header.data(), at(packed), sizeof header);
     return header;
   });
+  m.def("header_format", [](const Header& header, int64_t bytes) {
+    alignas(64) const auto start = header_bytes(header);
+    sk_packed_info info;
+    check(sk_read_packed_info(start.data(), bytes, &info));
+    return std::string(info.format);
+  });
   m.def("unpack", [](uintptr_t packed, int64_t bytes, const Weight& out) {
     sk_weight w = out.get();
     check(sk_unpack(at(packed), bytes, &w));
   });
+
+  m.def("pack_cuda",
+        [](PatternTuple pattern, int dtype, int64_t n, int64_t k, uintptr_t weight,
+           int64_t weight_row_stride, int keep, uintptr_t mask, int64_t mask_row_stride,
+           uintptr_t packed, int64_t packed_bytes, uintptr_t misfit, int device, uintptr_t stream) {
+          std::array<char, SK_HEADER_BYTES> start;
+          sk_pack_cuda_args args{};
+          args.pattern = to_pattern(pattern);
+          args.dtype = dtype;
+          args.n = n;
+          args.k = k;
+          args.weight = at(weight);
+          args.weight_row_stride = weight_row_stride;
+          args.keep = keep;
+          args.mask = at<const uint8_t>(mask);
+          args.mask_row_stride = mask_row_stride;
+          args.packed = at(packed);
+          args.packed_bytes = packed_bytes;
+          args.header = start.data();
+          args.misfit = at(misfit);
+          args.device_index = device;
+          args.stream = at(stream);
+          sk_status status;
+          {
+            py::gil_scoped_release release;
+            status = sk_pack_cuda(&args);
+          }
+          check(status);
+          Header header;
+          std::memcpy(header.data(), start.data(), sizeof header);
+          return header;
+        });
+  m.def("unpack_cuda",
+        [](uintptr_t packed, int64_t packed_bytes, const Header& header, int64_t n, int64_t k,
+           int dtype, uintptr_t dense, int64_t dense_row_stride, int device, uintptr_t stream) {
+          const auto start = header_bytes(header);
+          sk_unpack_cuda_args args{};
+          args.packed = at(packed);
+          args.packed_bytes = packed_bytes;
+          args.header = start.data();
+          args.n = n;
+          args.k = k;
+          args.dtype = dtype;
+          args.dense = at(dense);
+          args.dense_row_stride = dense_row_stride;
+          args.device_index = device;
+          args.stream = at(stream);
+          check(sk_unpack_cuda(&args));
+        });
 
   m.def("matmul", [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x,
                      int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes, uintptr_t y,
@@ -225,7 +289,7 @@ PYBIND11_MODULE(_C, m) {
       sk_kernel_info k;
       check(sk_get_kernel(i, &k));
       list.emplace_back(k.name, k.op, k.format, k.dtype, k.arch, k.variant, k.available != 0,
-                        k.reason, k.device_type == SK_CUDA ? "cuda" : "cpu");
+                        k.reason, device_name(k.device_type));
     }
     return list;
   });
@@ -236,9 +300,10 @@ PYBIND11_MODULE(_C, m) {
           std::vector<sk_candidate> answers(static_cast<size_t>(sk_kernel_count()));
           check(sk_explain_on(device_type, device_index, op.c_str(), format.c_str(), &p, dtype,
                               rows, n, k, threads, answers.data()));
-          std::vector<std::tuple<std::string, bool, bool, double, std::string>> list;
+          std::vector<std::tuple<std::string, bool, bool, double, std::string, std::string>> list;
           for (const sk_candidate& c : answers)
-            list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason);
+            list.emplace_back(c.name, c.ok != 0, c.chosen != 0, c.cost_us, c.reason,
+                              device_name(c.device_type));
           return list;
         });
   // (format, pattern, dtype, n, k, threads, device type, device index, m from, m to, kernel)

@@ -1,6 +1,6 @@
 """The only caller of the native module ``_C``: tensors become addresses, status codes exceptions.
 
-Everything here but `matmul_cuda` trusts its caller to pass CPU tensors; sizes, dtypes and indices
+Everything here but `*_cuda` trusts its caller to pass CPU tensors; sizes, dtypes and indices
 are checked by the library before it reads an address.
 """
 
@@ -19,10 +19,13 @@ from sparsekit.patterns import NM, BlockSparse, Pattern
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# The format that `pack_cuda` writes and `unpack_cuda` reads.
+CUDA_FORMAT = "nm_mma_sp"
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 _DEVICE_TYPES = ("cpu", "cuda")
 _DTYPES_BACK = {code: dtype for dtype, code in DTYPES.items()}
+_KEEP_MASK, _KEEP_NONZERO = 0, 1
 _PatternTuple = tuple[int, int, int, int, int, int]
 
 
@@ -91,6 +94,7 @@ class Candidate:
     chosen: bool
     cost_us: float | None
     reason: str
+    device: str  # "cpu" or "cuda": where its tensors are
 
 
 @dataclass(frozen=True)
@@ -227,8 +231,13 @@ def packed_info(data: Tensor) -> PackedInfo:
 
 
 def packed_header(data: Tensor) -> tuple[int, ...]:
-    """The header of a packed buffer as integers, for `matmul_cuda` (ValueError when it is none)."""
+    """The header of a packed buffer as integers, for `*_cuda` (ValueError when it is none)."""
     return tuple(_C.packed_header(data.data_ptr(), data.numel()))
+
+
+def header_format(header: Sequence[int], data: Tensor) -> str:
+    """The format of a packed buffer anywhere, from its header (ValueError when it is none)."""
+    return str(_C.header_format(header, data.numel()))
 
 
 def unpack(data: Tensor) -> Canonical:
@@ -237,6 +246,71 @@ def unpack(data: Tensor) -> Canonical:
     out = _empty_canonical(info.pattern, info.dtype, info.shape, info.nnzb)
     _C.unpack(data.data_ptr(), data.numel(), _weight(out))
     return out
+
+
+def pack_cuda(
+    weight: Tensor, mask: Tensor | None, pattern: Pattern
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Dense [n, k] on a GPU to the bytes of `CUDA_FORMAT` there, and their header.
+
+    Waits for the current stream.
+
+    Args:
+        weight: finite, bfloat16 or float16, any strides.
+        mask: bool [n, k] on the same GPU; None, for a vector of 1, keeps what is not zero, and
+            where that does not fit the largest magnitudes.
+
+    Raises:
+        ValueError: the mask does not fit the pattern; the message says where first.
+    """
+    n, k = weight.shape
+    code, dtype = _encode_pattern(pattern), _encode_dtype(weight.dtype)
+    weight = _packed_rows(weight.detach())
+    mask = None if mask is None else _packed_rows(mask.to(torch.bool))
+    nbytes = _C.format_bytes(code, dtype, n, k, 0, CUDA_FORMAT)
+    data = torch.empty(nbytes, dtype=torch.uint8, device=weight.device)
+    misfit = torch.empty(1, dtype=torch.int64, device=weight.device)
+    header = _C.pack_cuda(
+        code,
+        dtype,
+        n,
+        k,
+        weight.data_ptr(),
+        weight.stride(0),
+        _KEEP_NONZERO if mask is None else _KEEP_MASK,
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None else mask.stride(0),
+        data.data_ptr(),
+        nbytes,
+        misfit.data_ptr(),
+        weight.device.index,
+        torch.cuda.current_stream(weight.device).cuda_stream,
+    )
+    return data, tuple(header)
+
+
+def _packed_rows(x: Tensor) -> Tensor:
+    """x as a matrix whose rows do not overlap and whose last dimension is contiguous."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def unpack_cuda(
+    data: Tensor, header: Sequence[int], shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """`CUDA_FORMAT` on a GPU to dense [n, k] there; starts the kernel on the current stream."""
+    dense = torch.empty(shape, dtype=dtype, device=data.device)
+    _C.unpack_cuda(
+        data.data_ptr(),
+        data.numel(),
+        header,
+        *shape,
+        _encode_dtype(dtype),
+        dense.data_ptr(),
+        shape[1],
+        data.device.index,
+        torch.cuda.current_stream(data.device).cuda_stream,
+    )
+    return dense
 
 
 def default_format(pattern: Pattern, dtype: torch.dtype, target: str = "auto") -> str:
@@ -371,8 +445,8 @@ def explain(
         device.index or 0,
     )
     return [
-        Candidate(name, ok, chosen, cost if ok else None, reason)
-        for name, ok, chosen, cost, reason in rows
+        Candidate(name, ok, chosen, cost if ok else None, reason, where)
+        for name, ok, chosen, cost, reason, where in rows
     ]
 
 
@@ -421,12 +495,12 @@ def cuda_device_count() -> int:
     return int(_C.cuda_device_count())
 
 
-@functools.cache
 def cuda_capture_id(stream: int) -> int:
     """A number for the CUDA graph that the stream's work is captured into; 0 when it is not."""
     return int(_C.cuda_capture_id(stream))
 
 
+@functools.cache
 def cuda_info(index: int) -> dict[str, Any]:
     """Name, compute capability, sizes in bytes and versions of a GPU.
 

@@ -115,10 +115,7 @@ def _linear_cuda(
     kernel_id: str | None = None,
     header: Sequence[int] | None = None,
 ) -> Tensor:
-    if header is None:
-        raise ValueError(
-            "linear: a packed weight on a GPU needs its header; pass header=PackedMeta.header"
-        )
+    header = _given("linear", header)
     y = x.new_empty((*x.shape[:-1], n))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     _native.matmul_cuda(
@@ -134,6 +131,14 @@ def _linear_cuda(
         _workspace(x.device, stream),
     )
     return y
+
+
+def _given(op: str, header: Sequence[int] | None) -> Sequence[int]:
+    if header is None:
+        raise ValueError(
+            f"{op}: a packed weight on a GPU needs its header; pass header=PackedMeta.header"
+        )
+    return header
 
 
 _COUNTER_BYTES = 16 << 10
@@ -216,6 +221,9 @@ def _to_dense_cpu(
 def _to_dense_cuda(
     packed: Tensor, n: int, k: int, dtype: torch.dtype, header: Sequence[int] | None = None
 ) -> Tensor:
+    header = _given("to_dense", header)
+    if _native.header_format(header, packed) == _native.CUDA_FORMAT:
+        return _native.unpack_cuda(packed, header, (n, k), dtype)
     # The sums of W times the identity have one term that is not zero: they are exact, and the bytes
     # stay where they are.
     identity = torch.eye(k, dtype=dtype, device=packed.device)

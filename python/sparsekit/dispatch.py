@@ -43,7 +43,7 @@ class KernelTable(tuple[KernelInfo, ...]):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every kernel's answer to one problem.
+    """Every kernel's answer to one problem; `str()` is a table of those for its kind of device.
 
     Attributes:
         pattern: the weight's pattern.
@@ -72,7 +72,8 @@ class Explanation:
 
     def __str__(self) -> str:
         # The choice first, then what could run, then what could not.
-        order = sorted(self.candidates, key=lambda c: (not c.chosen, not c.ok))
+        here = [c for c in self.candidates if c.device == self.device.type]
+        order = sorted(here, key=lambda c: (not c.chosen, not c.ok))
         rows = [
             (
                 candidate.kernel,

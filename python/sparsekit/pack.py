@@ -1,9 +1,10 @@
 """From a dense weight to packed bytes and back.
 
 `pack` prunes (if needed), compresses to the canonical form and lays the bytes out for the best
-kernel of the device they are for. `PackedWeight` holds those bytes. What leaves the process
-(pickle, copy, files) is always the canonical form, which is laid out again where it arrives; so is
-a weight that moves between a CPU and a GPU.
+kernel of the device they are for; 2:4 for a GPU's tensor cores it packs on that GPU, to the same
+bytes. `PackedWeight` holds those bytes. What leaves the process (pickle, copy, files) is always the
+canonical form, which is laid out again where it arrives; so is a weight that moves between a CPU
+and a GPU.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ class PackedWeight:
 
     def to_dense(self) -> Tensor:
         """The dense weight `[n, k]`, pruned values zero, through the layout's own inverse."""
+        if self.data.is_cuda and self.format == _native.CUDA_FORMAT:
+            return _native.unpack_cuda(self.data, self.meta.header, self.shape, self.dtype)
         return _native.decompress(self.canonical()).to(self.device)
 
     def to(
@@ -219,19 +222,37 @@ def pack(
     """
     pattern = parse_pattern(pattern)
     weight = checked_weight("pack", weight)
-    if mask is None:
-        mask = weight != 0
-        if not pattern.fits(mask):
-            mask = pattern.mask(weight.abs())
-    else:
+    if mask is not None:
         _check_user_mask(mask, weight, pattern)
     dtype = weight.dtype if dtype is None else dtype
     _check_dtype(dtype)
     converted = weight.to(dtype)
     if dtype != weight.dtype:
         _check_finite(f"pack: after conversion to {dtype}", converted)
+    if weight.is_cuda and _format(pattern, dtype, target, weight.device) == _native.CUDA_FORMAT:
+        return _pack_on_gpu(weight, converted, pattern, mask, target)
+    mask = _chosen_mask(weight, pattern) if mask is None else mask
     canonical = _native.compress(converted.cpu(), mask.cpu(), pattern)
     return PackedWeight.from_canonical(canonical, target, weight.device)
+
+
+def _chosen_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    mask = weight != 0
+    return mask if pattern.fits(mask) else pattern.mask(weight.abs())
+
+
+def _pack_on_gpu(
+    weight: Tensor, converted: Tensor, pattern: Pattern, mask: Tensor | None, target: str
+) -> PackedWeight:
+    """2:4 where it is. `converted` is the weight in the dtype of the values."""
+    # The kernel chooses row by row, among the values it packs.
+    if mask is None and (pattern.row_tile > 1 or converted.dtype != weight.dtype):
+        mask = _chosen_mask(weight, pattern)
+    mask = None if mask is None else mask.to(weight.device)
+    data, header = _native.pack_cuda(converted, mask, pattern)
+    shape = (weight.shape[0], weight.shape[1])
+    meta = PackedMeta(_native.CUDA_FORMAT, pattern, converted.dtype, shape, target, header)
+    return PackedWeight(data, meta)
 
 
 def mask(weight: Tensor, pattern: PatternLike) -> Tensor:

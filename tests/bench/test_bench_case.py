@@ -9,7 +9,7 @@ from torch import Tensor
 import sparsekit as sk
 from bench import case as module
 from bench import report
-from bench.case import Case, chosen_cases, kernel_cases, prepare
+from bench.case import Case, chosen_cases, kernel_cases, prepare, streamed_bytes
 from bench.shapes import Shape
 
 SMALL = Shape("test", "small", 64, 96, (3,))
@@ -89,3 +89,12 @@ def test_one_case_from_the_command_to_the_report(tmp_path: Path) -> None:
     assert (row.pattern, row.dtype, row.threads) == ("2:4v4", "float32", 1)
     assert row.rivals_ms.keys() == {"torch", "oneDNN", "onnxruntime", "torch-csr", "torch-bsr16x16"}
     assert row.gflops == pytest.approx(2e-6 * 49 * 2048 * 512 / row.ms)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "bsr16x16@0.75", "bsr1x1@0.5"])
+def test_streamed_bytes_are_those_of_the_canonical_form(pattern: str) -> None:
+    packed = sk.pack(torch.randn(64, 96), pattern)
+    canonical = packed.canonical()
+    pointers = canonical.crow_indices
+    expected = canonical.nbytes - (0 if pointers is None else pointers.nbytes)
+    assert streamed_bytes(packed.pattern, *packed.shape, packed.dtype) == expected

@@ -119,6 +119,53 @@ void test_choice() {
   }
 }
 
+#if SK_HAVE_CUDA
+// Which tile the cost model takes, and what tiles refuse.
+void test_tiles() {
+  context = "tiles";
+  const auto problem = [](const sk::CudaDevice& on, int format, const sk_pattern& pattern,
+                          int64_t m, int64_t n, int64_t k) {
+    sk::Problem p;
+    p.device_type = SK_CUDA, p.gpu = &on;
+    p.format = format, p.pattern = pattern, p.dtype = SK_F16;
+    p.m = m, p.n = n, p.k = k;
+    return p;
+  };
+  const auto chosen = [](const sk::Problem& p) { return std::string(sk::select(p, nullptr).name); };
+  const auto refusal = [](const sk::Problem& p, const std::string& kernel) {
+    for (const sk_candidate& c : sk::explain(p)) {
+      if (c.name == kernel) return std::string(c.ok ? "" : c.reason);
+    }
+    fail(__FILE__, __LINE__, "no kernel " + kernel);
+  };
+  const std::string sp = "matmul_nm_mma_sp_f16_sm80_", bsr_mma = "matmul_bsr_mma_f16_sm80_";
+  const sk::CudaDevice big = gpu(80);
+  const auto sparse = [&](const sk::CudaDevice& on, int64_t m) {
+    return problem(on, sk::kNmMmaSp, nm(2, 4), m, 8192, 8192);
+  };
+  CHECK(chosen(sparse(big, 1)) == sp + "64x8");
+  CHECK(chosen(sparse(big, 16)) == sp + "64x16");
+  CHECK(chosen(sparse(big, 4096)) == sp + "256x128");
+  const auto blocks = [&](int64_t m, int rows) {
+    return problem(big, sk::kBsrMma, bsr(rows, 64), m, 8192, 8192);
+  };
+  CHECK(chosen(blocks(8, 64)) == bsr_mma + "64x16");
+  CHECK(chosen(blocks(8192, 64)) == bsr_mma + "64x256");
+  CHECK(chosen(blocks(8192, 32)) == bsr_mma + "32x128");
+  CHECK(refusal(blocks(8, 32), bsr_mma + "64x16") == "computes blocks of 64 rows, these have 32");
+
+  sk::CudaDevice small = gpu(89);  // GeForce and its kin
+  small.shared_per_block = 99 << 10, small.shared_per_sm = 100 << 10;
+  CHECK(chosen(sparse(small, 4096)) == sp + "128x128");
+  CHECK(refusal(sparse(small, 4096), sp + "256x128") ==
+        "needs 136 KiB of shared memory for a block, the GPU has 99");
+
+  const sk::Problem huge =
+      problem(big, sk::kNmMmaSp, nm(2, 4), 1, int64_t{1} << 24, int64_t{1} << 24);
+  CHECK(refusal(huge, sp + "64x8") == "the weight has 2^31 stages or more; split it along n");
+}
+#endif
+
 bool has_cuda_kernels() {
   for (const sk_kernel_info& kernel : kernels()) {
     if (kernel.device_type == SK_CUDA) return true;
@@ -383,6 +430,9 @@ int main() {
   test_code();
   test_arch();
   test_choice();
+#if SK_HAVE_CUDA
+  test_tiles();
+#endif
   test_target();
   test_machine();
   test_explain();

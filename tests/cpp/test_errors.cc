@@ -308,6 +308,31 @@ void test_pack() {
   CHECK(bytes == -1);
   CHECK_FAILS(sk_packed_bytes(&c.weight, "nm", nullptr), kInvalid, "bytes is NULL");
 
+  // The same sizes and refusals without a weight.
+  const auto ask_format = [&](const sk_pattern& pattern, int64_t nnzb, const char* format) {
+    return sk_format_bytes(&pattern, SK_BF16, 33, 70, nnzb, format, &bytes);
+  };
+  CHECK_FAILS(sk_format_bytes(nullptr, SK_F32, 5, 9, 0, "nm", &bytes), kInvalid, "pattern is NULL");
+  CHECK_FAILS(sk_format_bytes(&w.pattern, SK_F32, 5, 9, 0, "nm", nullptr), kInvalid,
+              "bytes is NULL");
+  CHECK_FAILS(ask_format(nm(2, 4), 0, "nm_rows32"), kInvalid, "format: expected one of " + known);
+  CHECK_FAILS(ask_format(nm(4, 8), 0, "nm_mma_sp"), kInvalid,
+              "pack: format nm_mma_sp does not hold the pattern 4:8 in bf16");
+  for (int64_t nnzb : {-1, 16}) {
+    CHECK_FAILS(ask_format(bsr(16, 16), nnzb, "bsr"), kInvalid, "bsr: expected 0 to 15 blocks");
+  }
+  CHECK(bytes == -1);
+  for (const sk_pattern& pattern : all_patterns()) {
+    for (const char* format : kFormats) {
+      const Weight sample(pattern, SK_BF16, 33, 70, Fill::kIntegers, random);
+      if (!holds(format, pattern, SK_BF16)) continue;
+      const Canonical whole = compress(sample.dense, sample.mask, pattern, SK_BF16);
+      const bool is_nm = pattern.family == SK_FAMILY_NM;
+      CHECK_OK(ask_format(pattern, is_nm ? 7 : whole.weight.indices_bytes / 4, format));
+      CHECK(bytes == pack(whole, format).bytes());
+    }
+  }
+
   CHECK_OK(sk_packed_bytes(&c.weight, "nm_rows16", &bytes));
   Buffer packed(bytes + 64), before(bytes + 64);
   std::memset(packed.data(), 0xa5, size_t(packed.bytes()));

@@ -124,6 +124,45 @@ typedef struct sk_matmul_args {
   int64_t workspace_bytes; /* at least what sk_get_cuda_info says */
 } sk_matmul_args;
 
+/* Which elements sk_pack_cuda keeps. */
+typedef enum sk_keep {
+  SK_KEEP_MASK = 0,     /* those where the mask is not zero */
+  SK_KEEP_NONZERO = 1,  /* those that are not zero; where that does not fit, as SK_KEEP_MAGNITUDE */
+  SK_KEEP_MAGNITUDE = 2 /* in each group the two largest, of equals the first */
+} sk_keep;
+
+/* A dense 2:4 weight to be packed on a GPU. All addresses but `header` are in the memory of that GPU.
+ */
+typedef struct sk_pack_cuda_args {
+  sk_pattern pattern; /* 2:4; vectors of more than one row need a mask */
+  int32_t dtype;      /* SK_BF16 or SK_F16 */
+  int64_t n, k;
+  const void* weight;        /* [n, k], without NaN where there is no mask */
+  int64_t weight_row_stride; /* in elements */
+  int32_t keep;
+  const uint8_t* mask; /* [n, k] for SK_KEEP_MASK, else NULL */
+  int64_t mask_row_stride;
+  void* packed; /* receives the packed buffer, 128-byte aligned; of no use when the call fails */
+  int64_t packed_bytes; /* what sk_format_bytes says */
+  void* header;         /* receives the first SK_HEADER_BYTES of the packed buffer, on the host */
+  void* misfit;         /* 8 bytes, aligned to 8, for the call's own use */
+  int32_t device_index;
+  void* stream; /* cudaStream_t */
+} sk_pack_cuda_args;
+
+/* A packed 2:4 weight to be unpacked on the GPU that has it in its memory, into the same. */
+typedef struct sk_unpack_cuda_args {
+  const void* packed; /* format nm_mma_sp, 128-byte aligned */
+  int64_t packed_bytes;
+  const void* header; /* host copy of the first SK_HEADER_BYTES of the packed buffer */
+  int64_t n, k;       /* of `dense`, with its dtype: those of the packed weight */
+  int32_t dtype;
+  void* dense; /* receives [n, k]; what was pruned becomes zero */
+  int64_t dense_row_stride;
+  int32_t device_index;
+  void* stream; /* cudaStream_t */
+} sk_unpack_cuda_args;
+
 /* What every packed buffer starts with: the header, and zeros up to here. */
 #define SK_HEADER_BYTES 128
 
@@ -145,8 +184,9 @@ typedef struct sk_candidate {
   const char* name;
   int32_t ok;
   int32_t chosen;
-  double cost_us;   /* the cost model's estimate, 0 when not ok */
-  char reason[192]; /* why not, or what it is for; of the chosen one first why it is */
+  double cost_us;      /* the cost model's estimate, 0 when not ok */
+  char reason[192];    /* why not, or what it is for; of the chosen one first why it is */
+  int32_t device_type; /* where its tensors are */
 } sk_candidate;
 
 /* The kernel that was measured to be the fastest for matmuls of this kind, with m from m_from to
@@ -203,10 +243,21 @@ SK_API sk_status sk_validate(const sk_weight* weight);
 SK_API sk_status sk_default_format(const sk_pattern* pattern, int32_t dtype, const char* target,
                                    char format[32]);
 SK_API sk_status sk_packed_bytes(const sk_weight* weight, const char* format, int64_t* bytes);
+/* The same before there is a weight; `nnzb` counts for BSR only. */
+SK_API sk_status sk_format_bytes(const sk_pattern* pattern, int32_t dtype, int64_t n, int64_t k,
+                                 int64_t nnzb, const char* format, int64_t* bytes);
 SK_API sk_status sk_pack(const sk_weight* weight, const char* format, void* packed, int64_t bytes);
+/* Reads nothing behind the first SK_HEADER_BYTES. */
 SK_API sk_status sk_read_packed_info(const void* packed, int64_t bytes, sk_packed_info* info);
 /* `out` holds arrays of the sizes sk_weight_sizes gives for the packed buffer's own description. */
 SK_API sk_status sk_unpack(const void* packed, int64_t bytes, sk_weight* out);
+
+/* Dense to format nm_mma_sp without leaving the GPU, with the bytes that sk_compress and sk_pack would
+ * give. It synchronises the stream, to fail as sk_compress does where the mask does not fit; so it
+ * cannot be captured into a graph. */
+SK_API sk_status sk_pack_cuda(const sk_pack_cuda_args* args);
+/* The inverse, straight to dense. Starts the work and returns; may be captured. */
+SK_API sk_status sk_unpack_cuda(const sk_unpack_cuda_args* args);
 
 /* --- run -----------------------------------------------------------------------------------------
  */
