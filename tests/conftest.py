@@ -10,6 +10,8 @@ import pytest
 # Thousands of tiny parallel regions: threads that sleep between them cost less than threads that
 # spin, above all on a busy machine. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Nor does a test depend on what was tuned on this machine, which is read by the import.
+os.environ["SPARSEKIT_TUNED"] = "0"
 
 from bench.vision import import_torchvision
 
@@ -40,5 +42,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's verdict cache."""
+    """No test reads or writes the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

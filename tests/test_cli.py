@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import sparsekit as sk
-from sparsekit import gate
+from sparsekit import dispatch, gate
 from sparsekit.cli import app
 from sparsekit.dispatch import doctor
 from sparsekit.gate import Verdict
@@ -52,6 +52,36 @@ def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3.00x" in out
 
 
+def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(dispatch, "tune", lambda pattern, **options: given.update(options) or "T")
+    code, out, _ = invoke(
+        "tune", "1:4", "--m", "2,5", "--n", "16", "--k", "32", "--dtype", "bfloat16",
+        "--threads", "3",
+    )  # fmt: skip
+    assert (code, out) == (0, "T\n")
+    expected = {"m": [2, 5], "n": 16, "k": 32, "dtype": torch.bfloat16}
+    assert given == {**expected, "device": "cpu", "threads": 3}
+
+
+def test_what_is_tuned_is_listed_and_cleared() -> None:
+    nothing = "nothing is tuned; sparsekit tune measures\n"
+    assert invoke("tune", "--list") == (0, nothing, "")
+    code, out, _ = invoke("tune", "2:4", "-m", "4", "-n", "16", "-k", "32", "--threads", "1")
+    assert code == 0
+    assert "2:4 f32 n=16 k=32" in out
+    assert invoke("tune", "--list") == (0, f"{dispatch.tuned()}\n", "")
+    assert "2:4 f32 n=16 k=32" in dispatch.tuned()
+    assert invoke("tune", "--clear") == (0, "", "")
+    assert invoke("tune", "--list") == (0, nothing, "")
+
+
+def test_tune_wants_numbers() -> None:
+    code, _, err = invoke("tune", "--m", "1,many")
+    assert code == 2
+    assert "expected numbers such as 1,8,64, got '1,many'" in " ".join(err.split())
+
+
 def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("sparsekit.demo.run", lambda **options: given.update(options))
@@ -74,6 +104,7 @@ def test_demo_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     [
         (("explain", "2;4"), "error: pattern: expected a Pattern or a spelling"),
         (("explain", "2:4", "-m", "-1"), "error: explain: expected m >= 0"),
+        (("tune", "2:4", "--m", "0"), "error: tune: expected one m or several"),
         (("bench", "bsr0x0"), "error: BlockSparse: block_shape must be"),
         (("inspect", "no/such/file"), "error: "),
     ],

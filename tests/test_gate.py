@@ -12,6 +12,7 @@ import torch
 
 import sparsekit as sk
 from sparsekit import gate
+from sparsekit.cache import warn_once
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, dense_paths, measure
 from sparsekit.testing import assert_matmul_close, make_problem
 
@@ -28,7 +29,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return VERDICT
 
     monkeypatch.setattr(gate, "measure", fake)
-    gate._warn_once.cache_clear()
+    warn_once.cache_clear()
     return calls
 
 

@@ -115,7 +115,7 @@ SK_DEVICE void store_part(float* part, const float (&sums)[kRowTiles][kTokenTile
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
-      const float (&s)[4] = sums[i][j];
+      const float(&s)[4] = sums[i][j];
       ptx::store_global(to + (i * kTokenTiles + j) * threads, float4{s[0], s[1], s[2], s[3]});
     }
   }
@@ -129,7 +129,7 @@ SK_DEVICE void add_part(const float* part, float (&sums)[kRowTiles][kTokenTiles]
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
       const float4 v = ptx::load_global_cg(from + (i * kTokenTiles + j) * threads);
-      float (&s)[4] = sums[i][j];
+      float(&s)[4] = sums[i][j];
       s[0] += v.x, s[1] += v.y, s[2] += v.z, s[3] += v.w;
     }
   }

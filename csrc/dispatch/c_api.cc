@@ -2,11 +2,14 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "core/cpu_info.h"
 #include "core/cuda_info.h"
+#include "core/dtype.h"
 #include "core/error.h"
 #include "dispatch/pack_cuda.h"
+#include "dispatch/preferences.h"
 #include "dispatch/registry.h"
 #include "layout/format.h"
 #include "sparsekit/sparsekit.h"
@@ -45,6 +48,24 @@ template <class T>
 T& deref(T* pointer, const char* name) {
   SK_REQUIRE(pointer, name, " is NULL");
   return *pointer;
+}
+
+// A problem of m=1 without its GPU; `what` begins the message about the device.
+sk::Problem make_problem(const char* what, int32_t device_type, const char* op, const char* format,
+                         const sk_pattern& pattern, int32_t dtype, int64_t n, int64_t k,
+                         int32_t num_threads) {
+  SK_REQUIRE(device_type == SK_CPU || device_type == SK_CUDA, what,
+             ": expected device_type cpu (0) or cuda (1), got ", device_type);
+  sk::Problem problem;
+  problem.op = op;
+  problem.format = sk::find_format(format);
+  problem.pattern = pattern;
+  problem.dtype = dtype;
+  problem.n = n, problem.k = k;
+  problem.threads = num_threads > 0 ? num_threads : sk::cpu_info().cores;
+  problem.device_type = device_type;
+  sk::geometry(pattern, dtype, n, k);
+  return problem;
 }
 
 }  // namespace
@@ -166,24 +187,47 @@ sk_status sk_explain_on(int32_t device_type, int32_t device_index, const char* o
                         const char* format, const sk_pattern* pattern, int32_t dtype, int64_t m,
                         int64_t n, int64_t k, int32_t num_threads, sk_candidate* out) {
   return guard([&] {
-    sk::Problem problem;
-    SK_REQUIRE(device_type == SK_CPU || device_type == SK_CUDA,
-               "explain: expected device_type cpu (0) or cuda (1), got ", device_type);
-    problem.op = &deref(op, "op");
-    problem.format = sk::find_format(format);
-    problem.pattern = deref(pattern, "pattern");
-    problem.dtype = dtype;
-    problem.m = m, problem.n = n, problem.k = k;
-    problem.threads = num_threads > 0 ? num_threads : sk::cpu_info().cores;
-    sk::geometry(problem.pattern, dtype, n, k);
+    sk::Problem problem = make_problem("explain", device_type, &deref(op, "op"), format,
+                                       deref(pattern, "pattern"), dtype, n, k, num_threads);
     SK_REQUIRE(m >= 0, "explain: expected m >= 0, got ", m);
-    problem.device_type = device_type;
+    problem.m = m;
     // Without any GPU, that is each kernel's reason.
     if (device_type == SK_CUDA && !sk::cuda_devices().empty())
       problem.gpu = &sk::cuda_device(device_index);
     const auto answers = sk::explain(problem);
     std::copy(answers.begin(), answers.end(), &deref(out, "out"));
   });
+}
+
+sk_status sk_prefer_kernel(const sk_preference* preferences, int32_t count) {
+  return guard([&] {
+    SK_REQUIRE(count >= 0, "prefer: expected count >= 0, got ", count);
+    std::vector<sk::Preference> list;
+    for (int32_t i = 0; i < count; ++i) {
+      const sk_preference& p = (&deref(preferences, "preferences"))[i];
+      sk::Problem problem = make_problem("prefer", p.device_type, &deref(p.op, "op"), p.format,
+                                         p.pattern, p.dtype, p.n, p.k, p.num_threads);
+      SK_REQUIRE(sk::format(problem.format).fits(p.pattern, p.dtype), "prefer: format ", p.format,
+                 " does not hold the pattern ", sk::pattern_name(p.pattern), " in ",
+                 sk::dtype_name(p.dtype));
+      if (p.device_type == SK_CUDA) problem.gpu = &sk::cuda_device(p.device_index);
+      SK_REQUIRE(p.m_from >= 1 && p.m_from <= p.m_to && p.m_to < int64_t{1} << 31,
+                 "prefer: expected 1 <= m_from <= m_to < 2^31, got ", p.m_from, " and ", p.m_to);
+      const sk::Kernel& kernel = sk::kernel_named(&deref(p.kernel, "kernel"));
+      const std::string reason = sk::why_never(kernel, problem);
+      SK_REQUIRE(reason.empty(), "prefer: kernel ", kernel.name, " ", reason);
+      list.push_back({problem, p.m_from, p.m_to, &kernel});
+    }
+    sk::prefer(list);
+  });
+}
+
+sk_status sk_clear_preferences(void) {
+  return guard([] { sk::clear_preferences(); });
+}
+
+sk_status sk_preference_count(int64_t* count) {
+  return guard([&] { deref(count, "count") = sk::preference_count(); });
 }
 
 sk_status sk_get_cpu_info(sk_cpu_info* info) {

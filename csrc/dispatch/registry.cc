@@ -8,6 +8,7 @@
 #include "core/dtype.h"
 #include "dispatch/gpu_arguments.h"
 #include "dispatch/matmul_cuda.h"
+#include "dispatch/preferences.h"
 
 namespace sk {
 
@@ -27,19 +28,13 @@ bool line_fits(const Kernel& kernel, const Problem& p) {
   return runs && p.op == kernel.op;
 }
 
-// Why the kernel cannot take the problem, or "".
-std::string why_not(const Kernel& kernel, const Problem& p) {
-  if (kernel.where.device_type != p.device_type) {
-    return p.device_type == SK_CPU ? "runs on a GPU, the problem is on the CPU"
-                                   : "runs on the CPU, the problem is on a GPU";
-  }
-  if (p.device_type == SK_CPU) {
-    if (!kernel.available()) return kernel.unavailable_reason();
-  } else if (!p.gpu) {
-    return cuda_unavailable_reason();
-  } else if (!kernel.where.runs_on(*p.gpu)) {
-    return kernel.where.why_not_on(*p.gpu);
-  }
+std::string wrong_device(const Kernel& kernel, const Problem& p) {
+  if (kernel.where.device_type == p.device_type) return "";
+  return p.device_type == SK_CPU ? "runs on a GPU, the problem is on the CPU"
+                                 : "runs on the CPU, the problem is on a GPU";
+}
+
+std::string wrong_line(const Kernel& kernel, const Problem& p) {
   if (p.op != kernel.op) return concat("does ", kernel.op, ", not ", p.op);
   if (!kernel.reads(p.format)) {
     return concat("reads format ", kernel.format, ", the weight is packed as ",
@@ -48,14 +43,38 @@ std::string why_not(const Kernel& kernel, const Problem& p) {
   if (kernel.dtype_code != p.dtype) {
     return concat("computes ", kernel.dtype, ", the problem is ", dtype_name(p.dtype));
   }
+  return "";
+}
+
+// Why the kernel cannot take the problem, or "".
+std::string why_not(const Kernel& kernel, const Problem& p) {
+  if (std::string reason = wrong_device(kernel, p); !reason.empty()) return reason;
+  if (p.device_type == SK_CPU) {
+    if (!kernel.available()) return kernel.unavailable_reason();
+  } else if (!p.gpu) {
+    return cuda_unavailable_reason();
+  } else if (!kernel.where.runs_on(*p.gpu)) {
+    return kernel.where.why_not_on(*p.gpu);
+  }
+  if (std::string reason = wrong_line(kernel, p); !reason.empty()) return reason;
   return kernel.functions->refusal(p);
+}
+
+bool can_run(const Kernel& kernel, const Problem& problem) {
+  return line_fits(kernel, problem) && kernel.functions->refusal(problem).empty();
+}
+
+// What was measured to be the fastest, where it can run; null: nothing was.
+const Kernel* measured(const Problem& problem) {
+  const Kernel* kernel = preferred(problem);
+  return kernel && can_run(*kernel, problem) ? kernel : nullptr;
 }
 
 const Kernel* cheapest(const Problem& problem) {
   const Kernel* best = nullptr;
   double best_cost = HUGE_VAL;
   for (const Kernel& kernel : kernels()) {
-    if (!line_fits(kernel, problem) || !kernel.functions->refusal(problem).empty()) continue;
+    if (!can_run(kernel, problem)) continue;
     if (const double cost = kernel.functions->cost_us(problem); cost < best_cost)
       best = &kernel, best_cost = cost;
   }
@@ -205,21 +224,30 @@ const std::vector<Kernel>& kernels() {
   return table;
 }
 
+const Kernel& kernel_named(const char* name) {
+  for (const Kernel& kernel : kernels()) {
+    if (std::strcmp(name, kernel.name) == 0) return kernel;
+  }
+  throw Error(SK_INVALID_ARGUMENT,
+              concat("kernel: no kernel is called '", name, "'; sparsekit kernels lists them"));
+}
+
+std::string why_never(const Kernel& kernel, const Problem& problem) {
+  const std::string reason = wrong_device(kernel, problem);
+  return reason.empty() ? wrong_line(kernel, problem) : reason;
+}
+
 const Kernel& select(const Problem& problem, const char* force) {
   const char* forced = force && *force ? force : forced_kernel().c_str();
   if (*forced) {
-    for (const Kernel& kernel : kernels()) {
-      if (std::strcmp(forced, kernel.name) != 0) continue;
-      const std::string refusal = why_not(kernel, problem);
-      SK_CHECK(refusal.empty(), SK_UNSUPPORTED, "kernel ", forced, " cannot run ",
-               problem.describe(), ": ", refusal);
-      return kernel;
-    }
-    throw Error(SK_INVALID_ARGUMENT,
-                concat("kernel: no kernel is called '", forced, "'; sparsekit kernels lists them"));
+    const Kernel& kernel = kernel_named(forced);
+    const std::string refusal = why_not(kernel, problem);
+    SK_CHECK(refusal.empty(), SK_UNSUPPORTED, "kernel ", forced, " cannot run ", problem.describe(),
+             ": ", refusal);
+    return kernel;
   }
-  const Kernel* best = cheapest(problem);
-  if (best) return *best;
+  if (const Kernel* kernel = measured(problem)) return *kernel;
+  if (const Kernel* kernel = cheapest(problem)) return *kernel;
   std::string refusals;
   for (const Kernel& kernel : kernels()) {
     if (kernel.where.device_type == problem.device_type)
@@ -311,22 +339,27 @@ void matmul(const sk_matmul_args& a, const char* force) {
 }
 
 std::vector<sk_candidate> explain(const Problem& problem) {
+  const char* how = "forced by SPARSEKIT_KERNEL";
+  const Kernel* choice = nullptr;
+  if (forced_kernel().empty()) {
+    choice = measured(problem);
+    how = choice ? "measured" : "estimated";
+    if (!choice) choice = cheapest(problem);
+  }
   std::vector<sk_candidate> answers;
-  int best = -1;
   for (const Kernel& kernel : kernels()) {
     sk_candidate c{};
     c.name = kernel.name;
     c.device_type = kernel.where.device_type;
-    const std::string refusal = why_not(kernel, problem);
-    c.ok = refusal.empty();
+    std::string reason = why_not(kernel, problem);
+    c.ok = reason.empty();
+    c.chosen = c.ok && (&kernel == choice || forced_kernel() == kernel.name);
     c.cost_us = c.ok ? kernel.functions->cost_us(problem) : 0;
-    const std::string reason = c.ok ? std::string(kernel.functions->about) : refusal;
+    if (c.chosen) reason = concat("chosen: ", how, "; ");
+    if (c.ok) reason += kernel.functions->about;
     std::strncpy(c.reason, reason.c_str(), sizeof c.reason - 1);
     answers.push_back(c);
-    if (c.ok && (best < 0 || c.cost_us < answers[size_t(best)].cost_us))
-      best = int(answers.size()) - 1;
   }
-  if (best >= 0) answers[size_t(best)].chosen = 1;
   return answers;
 }
 

@@ -86,7 +86,13 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels();
 
-// The kernel named by `force`, by SPARSEKIT_KERNEL, or the cheapest that can run the problem.
+const Kernel& kernel_named(const char* name);  // throws ValueError when there is none
+
+// Why the kernel's line in the registry takes no such problem on any machine, or "".
+std::string why_never(const Kernel& kernel, const Problem& problem);
+
+// The kernel named by `force`, by SPARSEKIT_KERNEL, the preferred one (preferences.h) where it can
+// run the problem, or the cheapest that can.
 const Kernel& select(const Problem& problem, const char* force);
 
 // The format whose best kernel is the cheapest on this machine for many rows. "cuda" on a machine

@@ -305,6 +305,24 @@ PYBIND11_MODULE(_C, m) {
                               device_name(c.device_type));
           return list;
         });
+  // (format, pattern, dtype, n, k, threads, device type, device index, m from, m to, kernel)
+  using PreferenceTuple = std::tuple<std::string, PatternTuple, int, int64_t, int64_t, int, int,
+                                     int, int64_t, int64_t, std::string>;
+  m.def("prefer_kernel", [](const std::string& op, const std::vector<PreferenceTuple>& list) {
+    std::vector<sk_preference> preferences;
+    for (const PreferenceTuple& t : list) {
+      const auto& [format, pattern, dtype, n, k, threads, type, index, from, to, kernel] = t;
+      preferences.push_back({op.c_str(), format.c_str(), to_pattern(pattern), dtype, n, k, threads,
+                             type, index, from, to, kernel.c_str()});
+    }
+    check(sk_prefer_kernel(preferences.data(), int32_t(preferences.size())));
+  });
+  m.def("clear_preferences", [] { check(sk_clear_preferences()); });
+  m.def("preference_count", [] {
+    int64_t count;
+    check(sk_preference_count(&count));
+    return count;
+  });
 
   m.def("cpu_info", [] {
     sk_cpu_info info;

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from sparsekit import nn
+import torch
+
+from sparsekit import nn, preferences
 from sparsekit.convert import ConvertReport, convert
-from sparsekit.dispatch import explain, kernels
+from sparsekit.dispatch import TuneReport, explain, kernels, tune
 from sparsekit.functional import linear
 from sparsekit.io import FileSummary, inspect, load, save
 from sparsekit.pack import PackedWeight, detect, mask, pack
@@ -25,6 +27,7 @@ __all__ = [
     "PackedWeight",
     "Pattern",
     "PruneReport",
+    "TuneReport",
     "convert",
     "detect",
     "explain",
@@ -38,4 +41,8 @@ __all__ = [
     "parse_pattern",
     "prune",
     "save",
+    "tune",
 ]
+
+# GPUs follow with their first call: to ask what they are starts the driver.
+preferences.load(torch.device("cpu"))

@@ -100,6 +100,22 @@ class Candidate:
     device: str  # "cpu" or "cuda": where its tensors are
 
 
+@dataclass(frozen=True)
+class Preference:
+    """A kernel that was measured to be the fastest for these matmuls with m_from <= m <= m_to."""
+
+    format: str
+    pattern: Pattern
+    dtype: torch.dtype
+    n: int
+    k: int
+    threads: int  # on a CPU
+    device: torch.device
+    m_from: int
+    m_to: int
+    kernel: str
+
+
 def _encode_pattern(pattern: Pattern) -> _PatternTuple:
     if isinstance(pattern, NM):
         return (0, pattern.n, pattern.m, pattern.vector, 0, 0)
@@ -435,6 +451,41 @@ def explain(
         Candidate(name, ok, chosen, cost if ok else None, reason, where)
         for name, ok, chosen, cost, reason, where in rows
     ]
+
+
+def prefer_kernel(preferences: Sequence[Preference]) -> None:
+    """Lets kernels run where they can instead of the cost model's choice, all or none of them.
+
+    Raises:
+        ValueError: a kernel that does not exist, or that takes no such problem.
+    """
+    rows = [
+        (
+            p.format,
+            _encode_pattern(p.pattern),
+            _encode_dtype(p.dtype),
+            p.n,
+            p.k,
+            p.threads,
+            _DEVICE_TYPES.index(p.device.type),
+            p.device.index or 0,
+            p.m_from,
+            p.m_to,
+            p.kernel,
+        )
+        for p in preferences
+    ]
+    _C.prefer_kernel("matmul", rows)
+
+
+def clear_preferences() -> None:
+    """Leaves every choice to the cost model again."""
+    _C.clear_preferences()
+
+
+def preference_count() -> int:
+    """Ranges of m that have a preferred kernel."""
+    return int(_C.preference_count())
 
 
 def cpu_info() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sparsekit import _native
+from sparsekit import _native, preferences
 
 ACTIVATIONS = tuple(_native.ACTIVATIONS)
 
@@ -166,6 +166,7 @@ def _workspace(device: torch.device, stream: int) -> Tensor:
 
 
 def _new_workspace(device: torch.device, wait: bool = False) -> Tensor:
+    preferences.load(device)  # what comes before the first call on a GPU
     nbytes: int = _native.cuda_info(device.index)["workspace_bytes"]
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
     workspace[: _native.CUDA_COUNTER_BYTES].zero_()

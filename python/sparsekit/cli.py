@@ -1,4 +1,4 @@
-"""The command line: `sparsekit doctor | kernels | bench | inspect | demo`. No logic of its own."""
+"""The command line: `sparsekit doctor | kernels | bench | tune | ...`. No logic of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import torch
 import typer
 
-from sparsekit import dispatch, gate, io
+from sparsekit import dispatch, gate, io, preferences
 
 _T = TypeVar("_T")
 
@@ -82,6 +82,36 @@ def bench(
     kind = getattr(torch, dtype.value)
     table = _checked(lambda: gate.compare(pattern, n, k, rows, kind, device))
     typer.echo(table)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 1,8,64, got {text!r}") from None
+
+
+@app.command()
+def tune(
+    pattern: Annotated[str, typer.Argument(help="2:4, 2:4v4, bsr16x16@0.75, ...")] = "2:4",
+    m: Annotated[str, typer.Option("--m", "-m", help="Rows of x, e.g. 1,8,64.")] = "1,8,64,256",
+    n: Annotated[int, typer.Option("--n", "-n", help="out_features.")] = 4096,
+    k: Annotated[int, typer.Option("--k", "-k", help="in_features.")] = 1024,
+    dtype: DType = DType.float32,
+    device: _Device = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; as torch has them.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print what is stored.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Forget what is stored.")] = False,
+) -> None:
+    """Measure which kernel is the fastest, and use it from then on."""
+    if list_:
+        typer.echo(dispatch.tuned())
+    elif clear:
+        _checked(preferences.clear)
+    else:
+        options = {"m": _numbers(m), "n": n, "k": k, "dtype": getattr(torch, dtype.value)}
+        options |= {"device": device, "threads": threads}
+        typer.echo(str(_checked(lambda: dispatch.tune(pattern, **options))))
 
 
 @app.command()

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from sparsekit import _native
 from sparsekit.dispatch import table
+from sparsekit.examples import run_examples
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, kernel_for
 from sparsekit.nn import FusedActivation, SparseLinear, fusion
 from sparsekit.pack import DTYPES, PackedWeight, checked_weight
@@ -311,22 +311,15 @@ def _record(
         module.register_forward_pre_hook(lambda module, _: calls.update((id(module),)))
         for module in counted.values()
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    examples = example_inputs if isinstance(example_inputs, list) else [example_inputs]
     try:
         for layer in layers:
             layer.module.__class__ = Watched
-        model.eval()
-        with torch.no_grad():
-            for example in examples:
-                _call(model, example)
+        run_examples(model, example_inputs)
     finally:
         for layer in layers:
             layer.module.__class__ = nn.Linear
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     for layer in layers:
         if id(layer.module) in readers:
             layer.reason = "another module reads its weight directly"
@@ -337,15 +330,6 @@ def _record(
         own = by_module[key].rows.total()
         if not own == calls[id(plan.parent)] == calls[id(plan.module)]:
             del plans[key]
-
-
-def _call(model: nn.Module, example: Any) -> None:
-    if isinstance(example, Mapping):
-        model(**example)
-    elif isinstance(example, tuple):
-        model(*example)
-    else:
-        model(example)
 
 
 # --- the swap ---------------------------------------------------------------------------------

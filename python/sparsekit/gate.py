@@ -8,13 +8,8 @@ clock or a busy neighbour hits both alike.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -26,7 +21,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from sparsekit import _native
-from sparsekit.dispatch import table
+from sparsekit.cache import CacheFile, default_path, machine_parts
+from sparsekit.clock import Call, clock, warm_up
+from sparsekit.dispatch import explain, table
 from sparsekit.functional import linear
 from sparsekit.pack import PackedWeight, pack
 from sparsekit.patterns import PatternLike
@@ -39,7 +36,6 @@ _BUDGET_S = 0.25
 _NOISY_BUDGET_S = 1.0
 _MIN_PAIRS, _MAX_PAIRS = 7, 101
 _DENSE_TRIALS = 5
-_GPU_WARM_UP = 10
 # Only a gross fault is looked for here (a wrong kernel); the tests hold the exact rule.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -50,8 +46,6 @@ _ONEDNN_ACTIVATION: dict[str | None, tuple[str, str]] = {
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
 }
-
-Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,10 +121,7 @@ def measure(
 ) -> Verdict:
     """Time dense against sparse on random activations, on the device of the weight.
 
-    On a CPU a parallel torch operation runs before each timed call, as it does inside a model,
-    where the thread pools of torch and of this package take turns. On a GPU the L2 cache is
-    overwritten before each timed call, as by the other layers of a model, and events on the stream
-    tell the time.
+    Each call is timed as it would run inside a model (see `sparsekit.clock.clock`).
 
     Args:
         packed: the weight.
@@ -145,13 +136,9 @@ def measure(
     x = torch.randn(m, packed.shape[1], generator=generator).to(packed.device, packed.dtype)
     dense = dense_paths(packed.to_dense(), bias, activation, x)
     sparse: Call = lambda: linear(x, packed, bias, activation)  # noqa: E731
-    if packed.device.type == "cuda":
-        seconds = _gpu_clock(packed.device)
-        for call in (sparse, *dense.values()):
-            for _ in range(_GPU_WARM_UP):
-                call()
-    else:
-        seconds = _cpu_clock(torch.randn(1 << 16, generator=generator))
+    seconds = clock(packed.device)
+    for call in (sparse, *dense.values()):
+        warm_up(call, packed.device)
 
     fault = _fault(sparse(), dense["torch"]())
     trials = {
@@ -177,36 +164,6 @@ def measure(
         kernel=kernel_for(packed, m),
         fault=fault,
     )
-
-
-def _cpu_clock(other: Tensor) -> Callable[[Call], float]:
-    def seconds(call: Call) -> float:
-        other.mul(1.0)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return seconds
-
-
-def _gpu_clock(device: torch.device) -> Callable[[Call], float]:
-    flush = torch.empty(
-        2 * _native.cuda_info(device.index)["l2_bytes"], dtype=torch.uint8, device=device
-    )
-    stream = torch.cuda.current_stream(device)
-
-    def seconds(call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # While the cache is being written, the host gets ahead: the call's own launch is not timed
-        # unless it takes longer than that.
-        flush.zero_()
-        start.record(stream)
-        call()
-        end.record(stream)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    return seconds
 
 
 def _is_undecided(pairs: Sequence[tuple[float, float]]) -> bool:
@@ -260,10 +217,8 @@ def compare(
 
 def kernel_for(packed: PackedWeight, m: int) -> str:
     """Name of the kernel that runs `m` rows on a packed weight; "" when none can."""
-    candidates = _native.explain(
-        packed.format, packed.pattern, packed.dtype, *packed.shape, m, packed.device
-    )
-    return next((candidate.kernel for candidate in candidates if candidate.chosen), "")
+    chosen = explain(packed, m=m).chosen
+    return chosen.kernel if chosen else ""
 
 
 def _fault(ours: Tensor, theirs: Tensor) -> str:
@@ -285,11 +240,11 @@ class VerdictCache:
             `~/.cache/sparsekit`).
     """
 
-    _VERSION = 1
-
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(path) if path is not None else _default_path()
-        self._known = self._read()
+        self.path = Path(path) if path is not None else default_path("verdicts.json")
+        without = "layers are measured again in every process"
+        self._file = CacheFile("verdict cache", 1, without, self.path)
+        self._known = self._file.read(_verdicts)
 
     def judge(
         self,
@@ -318,47 +273,20 @@ class VerdictCache:
             f"{packed.pattern} {packed.format} {str(packed.dtype).removeprefix('torch.')}",
             f"bias={bias is not None} activation={activation}",
             f"threads={torch.get_num_threads()}",
+            # Another one may be preferred since (see `sparsekit.tune`).
+            f"kernel={kernel_for(packed, m)}",
         ]
         return " ".join(parts)
 
-    def _read(self) -> dict[str, dict[str, Verdict]]:
-        try:
-            content = json.loads(self.path.read_text())
-            if content["version"] != self._VERSION:
-                return {}
-            return {
-                machine: {problem: _verdict(entry) for problem, entry in entries.items()}
-                for machine, entries in content["machines"].items()
-            }
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except OSError as error:
-            self._warn_unusable(error)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            _warn_once(f"the verdict cache {self.path} is damaged and will be written anew")
-        return {}
-
     def _write(self) -> None:
         # Other processes may have added verdicts since; theirs are kept.
-        for machine, entries in self._read().items():
+        for machine, entries in self._file.read(_verdicts).items():
             self._known[machine] = {**entries, **self._known.get(machine, {})}
-        content = {
-            "version": self._VERSION,
-            "machines": {
+        self._file.write(
+            {
                 machine: {problem: asdict(verdict) for problem, verdict in entries.items()}
                 for machine, entries in self._known.items()
-            },
-        }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace_text(self.path, json.dumps(content, indent=1))
-        except OSError as error:
-            self._warn_unusable(error)
-
-    def _warn_unusable(self, error: OSError) -> None:
-        _warn_once(
-            f"the verdict cache {self.path} cannot be used ({error.strerror}); layers are measured "
-            "again in every process. Set XDG_CACHE_HOME to a writable folder."
+            }
         )
 
 
@@ -369,22 +297,16 @@ def machine_fingerprint(device: torch.device | None = None) -> str:
     Args:
         device: where the layer runs; None means the CPU.
     """
-    if device is not None and device.type == "cuda":
-        gpu = _native.cuda_info(device.index)
-        driver = _native.cuda_version(gpu["driver_version"])
-        parts = [str(gpu["name"]), f"{gpu['sm_count']} SMs", f"driver for CUDA {driver}"]
-    else:
-        cpu = _native.cpu_info()
-        parts = [str(cpu["model"]).strip(), str(cpu["isa"]), f"{cpu['cores']} cores"]
-    parts += [f"torch {torch.__version__}", f"sparsekit {_native.build_info()['version']}"]
+    parts = [*machine_parts(device), f"torch {torch.__version__}"]
     forced = os.environ.get("SPARSEKIT_KERNEL")
     return ", ".join([*parts, f"kernel {forced}"] if forced else parts)
 
 
-def _default_path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path(os.path.expanduser("~")) / ".cache"
-    return folder / "sparsekit" / "verdicts.json"
+def _verdicts(machines: dict[str, Any]) -> dict[str, dict[str, Verdict]]:
+    return {
+        machine: {problem: _verdict(entry) for problem, entry in entries.items()}
+        for machine, entries in machines.items()
+    }
 
 
 def _verdict(entry: dict[str, Any]) -> Verdict:
@@ -395,19 +317,3 @@ def _verdict(entry: dict[str, Any]) -> Verdict:
 
 
 _NUMBERS = ("dense_ms", "sparse_ms", "speedup")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)

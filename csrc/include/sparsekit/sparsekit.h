@@ -185,10 +185,24 @@ typedef struct sk_candidate {
   const char* name;
   int32_t ok;
   int32_t chosen;
-  double cost_us; /* the cost model's estimate, 0 when not ok */
-  char reason[192];
+  double cost_us;      /* the cost model's estimate, 0 when not ok */
+  char reason[192];    /* why not, or what it is for; of the chosen one first why it is */
   int32_t device_type; /* where its tensors are */
 } sk_candidate;
+
+/* The kernel that was measured to be the fastest for matmuls of this kind, with m from m_from to
+ * m_to. It counts for blocks of any share of zeros, and on a CPU for this number of threads. */
+typedef struct sk_preference {
+  const char* op;
+  const char* format;
+  sk_pattern pattern;
+  int32_t dtype;
+  int64_t n, k;
+  int32_t num_threads; /* 0: as many as there are cores */
+  int32_t device_type, device_index;
+  int64_t m_from, m_to;
+  const char* kernel;
+} sk_preference;
 
 /* The message of the last call on this thread that did not return SK_OK. Never NULL. */
 SK_API const char* sk_last_error(void);
@@ -249,7 +263,8 @@ SK_API sk_status sk_unpack_cuda(const sk_unpack_cuda_args* args);
 /* --- run -----------------------------------------------------------------------------------------
  */
 
-/* Runs the registry's choice, or the kernel named (NULL, or SPARSEKIT_KERNEL when it is NULL). */
+/* Runs the kernel named; when it is NULL the one that SPARSEKIT_KERNEL names, else the preferred one,
+ * else, or where that one cannot run, the one that the cost model estimates to be the fastest. */
 SK_API sk_status sk_matmul(const sk_matmul_args* args, const char* kernel);
 
 SK_API int32_t sk_kernel_count(void);
@@ -263,6 +278,12 @@ SK_API sk_status sk_explain_on(int32_t device_type, int32_t device_index, const 
                                const char* format, const sk_pattern* pattern, int32_t dtype,
                                int64_t m, int64_t n, int64_t k, int32_t num_threads,
                                sk_candidate* out);
+
+/* Adds preferences, all or none; of two for the same m the later one counts. Any thread may call
+ * these while others multiply: a running call keeps its choice. */
+SK_API sk_status sk_prefer_kernel(const sk_preference* preferences, int32_t count);
+SK_API sk_status sk_clear_preferences(void);
+SK_API sk_status sk_preference_count(int64_t* count);
 
 /* --- machine -------------------------------------------------------------------------------------
  */
