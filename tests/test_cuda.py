@@ -205,7 +205,7 @@ def test_verdicts_name_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"name": "Some GPU", "sm_count": 3, "driver_version": 13000}
     monkeypatch.setattr(_native, "cuda_info", lambda index: facts)
     text = gate.machine_fingerprint(GPU)
-    assert text.startswith("Some GPU, 3 SMs, driver for CUDA 13.0, torch ")
+    assert text.startswith("Some GPU, 3 SMs, driver for CUDA 13.0, ")
     assert str(_native.cpu_info()["model"]).strip() not in text
 
 
