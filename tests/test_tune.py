@@ -557,6 +557,16 @@ def test_doctor_and_the_list_show_what_is_loaded(
     assert not stored_file().exists()
 
 
+def test_measurements_name_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, version = _native.cpu_info(), _native.build_info()["version"]
+    assert preferences.machine_of().endswith(f"{cpu['cores']} cores, sparsekit {version}")
+    assert f", {cpu['isa']}, " in preferences.machine_of()
+    facts = {"name": "Some GPU", "sm_count": 3, "driver_version": 13000}
+    monkeypatch.setattr(_native, "cuda_info", lambda index: facts)
+    name = preferences.machine_of(torch.device("cuda", 0))
+    assert name == f"Some GPU, 3 SMs, driver for CUDA 13.0, sparsekit {version}"
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_tuned_like_a_cpu() -> None:
     pattern, options = "2:4", {"n": 512, "k": 512, "dtype": torch.float16, "device": "cuda:0"}

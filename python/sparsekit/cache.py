@@ -77,7 +77,7 @@ def default_path(name: str) -> Path:
 
 
 def machine_parts(device: torch.device | None = None) -> list[str]:
-    """What a time depends on: the CPU and its instruction set, or the GPU, and this package.
+    """What a time depends on: the CPU and its instruction set, or the GPU and its driver.
 
     Args:
         device: where the time was taken; None means the CPU.
@@ -85,11 +85,9 @@ def machine_parts(device: torch.device | None = None) -> list[str]:
     if device is not None and device.type == "cuda":
         gpu = _native.cuda_info(device.index or 0)
         driver = _native.cuda_version(gpu["driver_version"])
-        parts = [str(gpu["name"]), f"{gpu['sm_count']} SMs", f"driver for CUDA {driver}"]
-    else:
-        cpu = _native.cpu_info()
-        parts = [str(cpu["model"]).strip(), str(cpu["isa"]), f"{cpu['cores']} cores"]
-    return [*parts, f"sparsekit {_native.build_info()['version']}"]
+        return [str(gpu["name"]), f"{gpu['sm_count']} SMs", f"driver for CUDA {driver}"]
+    cpu = _native.cpu_info()
+    return [str(cpu["model"]).strip(), str(cpu["isa"]), f"{cpu['cores']} cores"]
 
 
 def _replace_text(path: Path, text: str) -> None:

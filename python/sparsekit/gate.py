@@ -297,7 +297,8 @@ def machine_fingerprint(device: torch.device | None = None) -> str:
     Args:
         device: where the layer runs; None means the CPU.
     """
-    parts = [*machine_parts(device), f"torch {torch.__version__}"]
+    parts = machine_parts(device)
+    parts += [f"torch {torch.__version__}", f"sparsekit {_native.build_info()['version']}"]
     forced = os.environ.get("SPARSEKIT_KERNEL")
     return ", ".join([*parts, f"kernel {forced}"] if forced else parts)
 

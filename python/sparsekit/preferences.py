@@ -167,7 +167,7 @@ def _file() -> CacheFile:
 
 def machine_of(device: torch.device = _CPU) -> str:
     """Under which name a device's measurements are stored."""
-    return ", ".join(machine_parts(device))
+    return ", ".join([*machine_parts(device), f"sparsekit {_native.build_info()['version']}"])
 
 
 def _install(device: torch.device, problems: Mapping[Problem, Mapping[int, Measured]]) -> None:
