@@ -258,6 +258,7 @@ void test_tile(const sk_pattern& pattern, int format_id) {
   const int64_t rows = Tile::kRows, tokens = Tile::kTokens;
   test_accesses<Tile, WeightsOf>(pattern, format_id);
   const auto check = [&](Case c) { return run<Tile, WeightsOf>(pattern, format_id, c); };
+  check({0, rows, 64, 2});  // no token: nothing is read or written
   // One tile of one stage and all that is smaller: the edges of n, k and m.
   for (const int64_t n : {int64_t{1}, rows - 1, rows}) {
     for (const int64_t k : {1, 8, 63, 64}) check({std::min<int64_t>(tokens, 9), n, k, 1, false});
