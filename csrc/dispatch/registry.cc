@@ -249,11 +249,18 @@ const Kernel& select(const Problem& problem, const char* force) {
   if (const Kernel* kernel = measured(problem)) return *kernel;
   if (const Kernel* kernel = cheapest(problem)) return *kernel;
   std::string refusals;
+  bool readable = false;
   for (const Kernel& kernel : kernels()) {
-    if (kernel.where.device_type == problem.device_type)
-      refusals += concat("\n  ", kernel.name, ": ", why_not(kernel, problem));
+    if (kernel.where.device_type != problem.device_type) continue;
+    readable |= kernel.reads(problem.format);
+    refusals += concat("\n  ", kernel.name, ": ", why_not(kernel, problem));
   }
-  throw Error(SK_UNSUPPORTED, concat("no kernel can run ", problem.describe(), " here:", refusals));
+  const std::string where = problem.device_type == SK_CPU ? "CPUs" : "GPUs";
+  const std::string advice =
+      readable ? ""
+               : concat(" (the format is none of ", where, "; pack the weight again for them)");
+  throw Error(SK_UNSUPPORTED,
+              concat("no kernel can run ", problem.describe(), " here", advice, ":", refusals));
 }
 
 int default_format(const sk_pattern& pattern, int dtype, const std::string& target) {
