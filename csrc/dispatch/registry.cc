@@ -257,8 +257,7 @@ const Kernel& select(const Problem& problem, const char* force) {
   }
   const std::string where = problem.device_type == SK_CPU ? "CPUs" : "GPUs";
   const std::string advice =
-      readable ? ""
-               : concat(" (the format is none of ", where, "; pack the weight again for them)");
+      readable ? "" : concat(" (the format is not for ", where, "; pack the weight again)");
   throw Error(SK_UNSUPPORTED,
               concat("no kernel can run ", problem.describe(), " here", advice, ":", refusals));
 }
