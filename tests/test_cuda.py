@@ -159,7 +159,9 @@ def test_packing_for_a_gpu_needs_none() -> None:
         assert torch.equal(packed.to_dense(), weight)
         assert copy.deepcopy(packed).format == packed.format
         if packed.format not in {k.format for k in _native.kernels() if k.device == "cpu"}:
-            with pytest.raises(NotImplementedError, match="format is not for CPUs; pack the weight"):
+            with pytest.raises(
+                NotImplementedError, match="format is not for CPUs; pack the weight"
+            ):
                 sk.linear(torch.zeros(1, 70, dtype=dtype), packed)
 
 
