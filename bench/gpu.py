@@ -93,7 +93,8 @@ def forced_path(kernel: str, packed: sk.PackedWeight, x: Tensor) -> gpu_timing.P
         def call() -> Tensor:
             y = x.new_empty(x.shape[0], packed.shape[0])
             stream = torch.cuda.current_stream().cuda_stream
-            _native.matmul_cuda(x, data, header, y, None, None, None, kernel, stream, workspace)
+            gpu = _native.GpuCall(header, stream, workspace)
+            _native.matmul(x, data, y, kernel=kernel, gpu=gpu)
             return y
 
         return call

@@ -48,14 +48,14 @@ def test_the_header_is_the_first_bytes_of_the_packed_weight() -> None:
 def test_a_call_is_refused_by_its_header_before_a_gpu_is_asked_for() -> None:
     packed = sk.pack(torch.eye(64, dtype=torch.bfloat16), "2:4")
     header = list(packed.meta.header)
-    arguments = (4, 64, 64, 1, 128, 64, 128, packed.nbytes, 4096, 64, 0, 0, 0, 0, 0, 0)
+    arguments = (4, 64, 64, 1, 128, 64, 128, packed.nbytes, 4096, 64, 0, 0, 0, False, 0, 1, None)
     with pytest.raises(ValueError, match="the header is damaged"):
-        _native._C.matmul_cuda(*arguments, [*header[:5], 1, *header[6:]], 128, 1, None)
+        _native._C.matmul(*arguments, (0, 0, [*header[:5], 1, *header[6:]], 128, 1))
     with pytest.raises(TypeError):
-        _native._C.matmul_cuda(*arguments, header[:12], 128, 1, None)
+        _native._C.matmul(*arguments, (0, 0, header[:12], 128, 1))
     unaligned = (*arguments[:4], 136, *arguments[5:])
     with pytest.raises(ValueError, match="copy x to an aligned buffer"):
-        _native._C.matmul_cuda(*unaligned, header, 128, 1, None)
+        _native._C.matmul(*unaligned, (0, 0, header, 128, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -90,18 +90,17 @@ def test_a_call_on_a_gpu_gets_aligned_rows_the_header_and_the_streams_workspace(
     packed = sk.pack(problem.weight, "2:4")
     workspace = torch.zeros(1)
     seen: list[Tensor] = []
+    matmul = _native.matmul
 
-    def fake(x: Tensor, data: Tensor, header: Any, y: Tensor, *rest: Any) -> None:
-        *epilogue, kernel, stream, given = rest
-        assert header == packed.meta.header
-        assert (stream, given) == (7, workspace)
+    def fake(x: Tensor, *rest: Any, gpu: _native.GpuCall, **named: Any) -> None:
+        assert gpu == (packed.meta.header, 7, workspace)
         seen.append(x)
-        _native.matmul(x, data, y, *epilogue, kernel)
+        matmul(x, *rest, **named)
 
     stream = type("Stream", (), {"cuda_stream": 7})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(_ops, "_workspace", lambda device, stream: workspace)
-    monkeypatch.setattr(_native, "matmul_cuda", fake)
+    monkeypatch.setattr(_native, "matmul", fake)
     x = problem.x.view(2, 3, 70)
     residual = problem.residual.view(2, 3, 33)
     y = _ops._linear_cuda(
@@ -534,12 +533,12 @@ def test_mistakes_are_refused(
         _ops.linear(x, packed.data, 64, None, None, None, "fastest", header)
     with pytest.raises(NotImplementedError, match="runs on the CPU, the problem is on a GPU"):
         _ops.linear(x, packed.data, 64, None, None, None, "matmul_nm_f32_scalar", header)
-    small, workspace = torch.zeros(128, dtype=torch.uint8, device=GPU), _ops._workspace(GPU, 0)
-    y = torch.empty_like(x)
+    call = _native.GpuCall(header, 0, _ops._workspace(GPU, 0))
+    small = call._replace(workspace=torch.zeros(128, dtype=torch.uint8, device=GPU))
     with pytest.raises(ValueError, match="expected a workspace of"):
-        _native.matmul_cuda(x, packed.data, header, y, None, None, None, None, 0, small)
+        _native.matmul(x, packed.data, torch.empty_like(x), gpu=small)
     with pytest.raises(ValueError, match="y overlaps x; pass a y of its own"):
-        _native.matmul_cuda(x, packed.data, header, x, None, None, None, None, 0, workspace)
+        _native.matmul(x, packed.data, x, gpu=call)
     environment.setenv("SPARSEKIT_KERNEL", "matmul_nm_f32_scalar")
     _native.reload_environment()
     with pytest.raises(NotImplementedError, match="runs on the CPU, the problem is on a GPU"):

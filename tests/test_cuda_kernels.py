@@ -47,9 +47,8 @@ def run(
     stream = torch.cuda.current_stream(GPU).cuda_stream
     workspace = _ops._workspace(GPU, stream)
     x = _ops._aligned_rows(problem.x)
-    _native.matmul_cuda(
-        x, data, header, y, bias, activation, residual, kernel.name, stream, workspace
-    )
+    call = _native.GpuCall(header, stream, workspace)
+    _native.matmul(x, data, y, bias, activation, residual, kernel=kernel.name, gpu=call)
     result = y.clone()
     y.fill_(poison)
     assert bool((buffer == poison).all()), "the kernel wrote outside its output"

@@ -34,7 +34,7 @@ PATTERNS = (
 )
 DTYPES = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 33, 64, 65, 97, 200)
-ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = tuple(_native.ACTIVATIONS)
 # Around the tiles of 16, 32 and 64 rows and columns, and sizes that are multiples of nothing.
 SHAPES = ((1, 1), (15, 31), (16, 64), (17, 65), (33, 70), (64, 128), (65, 127), (97, 203))
 
@@ -90,7 +90,7 @@ def run(
     poison = -12352.0  # a number of every dtype
     buffer = torch.full((m + 4, n + 40), poison, dtype=problem.x.dtype)
     y = buffer[2 : 2 + m, 20 : 20 + n]
-    _native.matmul(problem.x, data, y, bias, activation, residual, kernel.name)
+    _native.matmul(problem.x, data, y, bias, activation, residual, kernel=kernel.name)
     result = y.clone()
     y.fill_(poison)
     assert bool((buffer == poison).all()), "the kernel wrote outside its output"

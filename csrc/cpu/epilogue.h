@@ -1,4 +1,5 @@
-// The fused tail of a matmul: y = activation(sum + bias) + residual, on vectors along n.
+// The fused tail of a matmul: y = activation(sum + bias) + residual, or with the residual inside, on
+// vectors along n.
 #pragma once
 #include "core/dtype.h"
 #include "dispatch/registry.h"
@@ -63,6 +64,8 @@ typename S::V activate(typename S::V v, int activation) {
     }
     case SK_ACTIVATION_SILU:
       return S::mul(v, sigmoid<S>(v));
+    case SK_ACTIVATION_RELU6:
+      return S::min(S::set1(6.0f), S::max(S::zero(), v));
     default:
       return v;
   }
@@ -79,21 +82,28 @@ class Epilogue {
         residual_(static_cast<const T*>(call.residual)),
         y_stride_(call.y_row_stride),
         residual_stride_(call.residual_row_stride),
+        residual_first_(call.residual_first),
         activation_(call.activation) {}
 
   V bias(int64_t j, int count) const { return bias_ ? S::load(bias_ + j, count) : S::zero(); }
 
   void store(V sum, V bias, int64_t i, int64_t j, int count) const {
     V v = bias_ ? S::add(sum, bias) : sum;
+    if (residual_ && residual_first_) v = add_residual(v, i, j, count);
     if (activation_ != SK_ACTIVATION_NONE) v = activate<S>(v, activation_);
-    if (residual_) v = S::add(v, S::load(residual_ + i * residual_stride_ + j, count));
+    if (residual_ && !residual_first_) v = add_residual(v, i, j, count);
     S::store(y_ + i * y_stride_ + j, v, count);
   }
 
  private:
+  V add_residual(V v, int64_t i, int64_t j, int count) const {
+    return S::add(v, S::load(residual_ + i * residual_stride_ + j, count));
+  }
+
   T* y_;
   const T *bias_, *residual_;
   int64_t y_stride_, residual_stride_;
+  bool residual_first_;
   int activation_;
 };
 

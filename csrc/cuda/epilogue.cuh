@@ -1,4 +1,5 @@
-// What happens to a tile's sums: y = activation(sum + bias) + residual, rounded once, transposed.
+// What happens to a tile's sums: y = activation(sum + bias) + residual, or with the residual inside, rounded
+// once, transposed.
 //
 // The tensor cores hold a tile as rows of W times tokens; y wants the rows of W next to each other. Each warp
 // turns its part around in shared memory of its own and stores 16 bytes a thread.
@@ -8,7 +9,7 @@
 namespace sk::cuda {
 
 // Numbered as sk_activation.
-enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+enum Activation { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kRelu6 = 5 };
 
 struct EpilogueParams {
   uint16_t* y;                                // [m, n]
@@ -18,6 +19,7 @@ struct EpilogueParams {
   int64_t m;
   int n;
   int activation;
+  bool residual_first;  // before the activation
   bool aligned;  // every row of y and residual and the bias start on 16 bytes
 };
 
@@ -35,6 +37,9 @@ SK_DEVICE void activate(float (&v)[kCount], int activation) {
   } else if (activation == kSilu) {
 #pragma unroll
     for (float& f : v) f = f / (1.0f + expf(-f));
+  } else if (activation == kRelu6) {
+#pragma unroll
+    for (float& f : v) f = f < 0 ? 0.0f : f > 6 ? 6.0f : f;
   }
 }
 
@@ -48,8 +53,11 @@ template <class T>
 SK_DEVICE void finish_one(const EpilogueParams& p, uint32_t sum, int64_t token, int row) {
   float v[1] = {ptx::load_shared<float>(sum)};
   if (p.bias) v[0] += load_element<T>(p.bias + row);
+  const float residual =
+      p.residual ? load_element<T>(p.residual + token * p.residual_row_stride + row) : 0.0f;
+  if (p.residual_first) v[0] += residual;
   activate(v, p.activation);
-  if (p.residual) v[0] += load_element<T>(p.residual + token * p.residual_row_stride + row);
+  if (!p.residual_first) v[0] += residual;
   ptx::store_global(p.y + token * p.y_row_stride + row, uint16_t(ptx::pack2<T>(v[0], 0.0f)));
 }
 
@@ -68,8 +76,9 @@ SK_DEVICE void finish_eight(const EpilogueParams& p, uint32_t sum, int64_t token
     }
   };
   if (p.bias) add(p.bias + row);
+  if (p.residual && p.residual_first) add(p.residual + token * p.residual_row_stride + row);
   activate(v, p.activation);
-  if (p.residual) add(p.residual + token * p.residual_row_stride + row);
+  if (p.residual && !p.residual_first) add(p.residual + token * p.residual_row_stride + row);
   ptx::store_global(reinterpret_cast<uint4*>(p.y + token * p.y_row_stride + row),
                     uint4{ptx::pack2<T>(v[0], v[1]), ptx::pack2<T>(v[2], v[3]),
                           ptx::pack2<T>(v[4], v[5]), ptx::pack2<T>(v[6], v[7])});

@@ -55,6 +55,7 @@ struct TileKernel {
     p.epilogue.residual_row_stride = call.residual_row_stride;
     p.epilogue.n = int(call.n);
     p.epilogue.activation = call.activation;
+    p.epilogue.residual_first = call.residual_first;
     p.epilogue.aligned = y_alignment % 8 == 0 &&
                          (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
     p.counters = static_cast<int*>(call.workspace);

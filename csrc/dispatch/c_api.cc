@@ -163,6 +163,10 @@ sk_status sk_matmul(const sk_matmul_args* args, const char* kernel) {
   return guard([&] { sk::matmul(deref(args, "args"), kernel); });
 }
 
+sk_status sk_conv2d(const sk_matmul_args* args, const sk_conv2d_shape* shape, const char* kernel) {
+  return guard([&] { sk::conv2d(deref(args, "args"), deref(shape, "shape"), kernel); });
+}
+
 int32_t sk_kernel_count(void) { return int32_t(sk::kernels().size()); }
 
 sk_status sk_get_kernel(int32_t index, sk_kernel_info* info) {

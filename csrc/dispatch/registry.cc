@@ -107,27 +107,148 @@ std::string refusals_of_pattern(Problem problem) {
                       : text;
 }
 
-// What must fit the packed weight, whatever the device.
-void check_arguments(const sk_matmul_args& a, const PackedHeader& h) {
-  SK_REQUIRE(a.n == h.n, "matmul: y has n=", a.n, ", the packed weight has n=", h.n);
-  SK_REQUIRE(a.k == h.k, "matmul: x has k=", a.k, ", the packed weight has k=", h.k,
+// What must fit the packed weight, whatever the device. `op` begins the messages.
+void check_arguments(const char* op, const sk_matmul_args& a, const PackedHeader& h) {
+  SK_REQUIRE(a.n == h.n, op, ": y has n=", a.n, ", the packed weight has n=", h.n);
+  SK_REQUIRE(a.k == h.k, op, ": x has k=", a.k, ", the packed weight has k=", h.k,
              "; pass x[..., :", h.k, "] or repack");
-  SK_REQUIRE(a.dtype == h.dtype, "matmul: x is ", dtype_name(a.dtype), ", the packed weight is ",
+  SK_REQUIRE(a.dtype == h.dtype, op, ": x is ", dtype_name(a.dtype), ", the packed weight is ",
              dtype_name(h.dtype), "; cast x or repack");
-  SK_REQUIRE(a.m >= 0 && a.m < int64_t{1} << 31, "matmul: expected m from 0 to 2^31 - 1, got ",
-             a.m);
-  SK_REQUIRE(a.activation >= SK_ACTIVATION_NONE && a.activation <= SK_ACTIVATION_SILU,
-             "matmul: unknown activation ", a.activation);
-  if (a.m == 0) return;
-  SK_REQUIRE(a.x && a.y, "matmul: x or y is NULL");
+  SK_REQUIRE(a.m >= 0 && a.m < int64_t{1} << 31, op, ": expected m from 0 to 2^31 - 1, got ", a.m);
+  SK_REQUIRE(a.activation >= SK_ACTIVATION_NONE && a.activation <= SK_ACTIVATION_RELU6, op,
+             ": unknown activation ", a.activation);
+  SK_REQUIRE(a.residual_order == SK_RESIDUAL_LAST || a.residual_order == SK_RESIDUAL_FIRST, op,
+             ": unknown residual_order ", a.residual_order);
+}
+
+// x is null for a convolution, whose rows are not those of a matrix.
+void check_rows(const char* op, const sk_matmul_args& a, const void* x) {
+  SK_REQUIRE(a.x && a.y, op, ": x or y is NULL");
   const auto check_stride = [&](const char* name, int64_t stride, int64_t width) {
-    SK_REQUIRE(stride >= width, "matmul: ", name, " has a row stride of ", stride,
+    SK_REQUIRE(stride >= width, op, ": ", name, " has a row stride of ", stride,
                ", less than its width ", width);
   };
-  if (a.m > 1) {  // one row has no next one
-    check_stride("x", a.x_row_stride, a.k);
-    check_stride("y", a.y_row_stride, a.n);
-    if (a.residual) check_stride("residual", a.residual_row_stride, a.n);
+  if (a.m == 1) return;  // one row has no next one
+  if (x) check_stride("x", a.x_row_stride, a.k);
+  check_stride("y", a.y_row_stride, a.n);
+  if (a.residual) check_stride("residual", a.residual_row_stride, a.n);
+}
+
+// A convolution's geometry fits the packed weight and itself, and its offsets can be computed.
+void check_shape(const sk_matmul_args& a, const sk_conv2d_shape& s) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const auto check = [&](const char* name, int64_t value, int64_t least) {
+    SK_REQUIRE(value >= least && value < kLimit, "conv2d: expected ", name, " from ", least,
+               " to 2^31 - 1, got ", value);
+  };
+  check("batch", s.batch, 0);
+  check("in_height", s.in_height, 1), check("in_width", s.in_width, 1);
+  check("in_channels", s.in_channels, 1);
+  check("kernel_height", s.kernel_height, 1), check("kernel_width", s.kernel_width, 1);
+  check("stride_height", s.stride_height, 1), check("stride_width", s.stride_width, 1);
+  check("dilation_height", s.dilation_height, 1), check("dilation_width", s.dilation_width, 1);
+  check("padding_top", s.padding_top, 0), check("padding_left", s.padding_left, 0);
+  check("out_height", s.out_height, 1), check("out_width", s.out_width, 1);
+  SK_REQUIRE(s.out_height * s.out_width < kLimit && s.batch * s.out_height * s.out_width == a.m,
+             "conv2d: y has m=", a.m, " rows, expected ", s.batch, " images of ", s.out_height, "x",
+             s.out_width, " pixels");
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  SK_REQUIRE(taps <= a.k && a.k % taps == 0 && a.k / taps >= s.in_channels,
+             "conv2d: the packed weight has k=", a.k, ", which is not ", s.kernel_height, "x",
+             s.kernel_width, " taps of ", s.in_channels, " channels or more; repack");
+  if (a.m == 0) return;
+  const auto check_stride = [](const char* name, int64_t stride, int64_t count, int64_t within) {
+    SK_REQUIRE(count == 1 || (stride >= within && stride < int64_t{1} << 60), "conv2d: ", name,
+               " is ", stride, ", less than the ", within, " elements it steps over");
+    return count == 1 ? within : stride;
+  };
+  const int64_t pixel = check_stride("x_pixel_stride", s.x_pixel_stride, s.in_width, s.in_channels);
+  SK_REQUIRE(pixel < (int64_t{1} << 60) / s.in_width, "conv2d: x is larger than the address space");
+  const int64_t line = check_stride("x_line_stride", s.x_line_stride, s.in_height,
+                                    (s.in_width - 1) * pixel + s.in_channels);
+  SK_REQUIRE(line < (int64_t{1} << 60) / s.in_height, "conv2d: x is larger than the address space");
+  const int64_t image = check_stride("x_image_stride", s.x_image_stride, s.batch,
+                                     (s.in_height - 1) * line + (s.in_width - 1) * pixel +
+                                         s.in_channels);
+  SK_REQUIRE(image < (int64_t{1} << 60) / s.batch, "conv2d: x is larger than the address space");
+}
+
+// The pixels are the rows of a matrix, one after the other.
+bool is_matmul(const sk_matmul_args& a, const sk_conv2d_shape& s) {
+  const bool one_tap = s.kernel_height == 1 && s.kernel_width == 1 && s.stride_height == 1 &&
+                       s.stride_width == 1 && s.padding_top == 0 && s.padding_left == 0;
+  return one_tap && a.k == s.in_channels && s.out_height == s.in_height &&
+         s.out_width == s.in_width &&
+         (s.in_height == 1 || s.x_line_stride == s.in_width * s.x_pixel_stride) &&
+         (s.batch == 1 || s.x_image_stride == s.in_height * s.in_width * s.x_pixel_stride);
+}
+
+bool forces_conv2d(const char* force) {
+  const char* forced = force && *force ? force : forced_kernel().c_str();
+  return *forced && !std::strcmp(kernel_named(forced).op, "conv2d");
+}
+
+void run(const char* op, const sk_matmul_args& a, const sk_conv2d_shape* conv, const char* force) {
+  SK_REQUIRE(a.device_type == SK_CPU || a.device_type == SK_CUDA, op,
+             ": expected device_type cpu (0) or cuda (1), got ", a.device_type);
+  const bool on_gpu = a.device_type == SK_CUDA;
+  PackedHeader copy;  // of a weight on a GPU
+  const PackedWeight weight = on_gpu ? open_on_gpu(op, a.weight, a.weight_bytes, "weight_header",
+                                                   a.weight_header, copy)
+                                     : open_packed(a.weight, a.weight_bytes);
+  const PackedHeader& h = *weight.header;
+  check_arguments(op, a, h);
+  if (conv) check_shape(a, *conv);
+  if (a.m == 0) return;
+  check_rows(op, a, conv ? nullptr : a.x);
+  if (conv && is_matmul(a, *conv) && !forces_conv2d(force)) {
+    sk_matmul_args rows = a;
+    rows.x_row_stride = conv->x_pixel_stride;
+    return run("matmul", rows, nullptr, force);
+  }
+  Problem problem;
+  problem.op = op;
+  problem.format = h.format;
+  problem.pattern = h.pattern;
+  problem.dtype = h.dtype;
+  problem.m = a.m, problem.n = a.n, problem.k = a.k;
+  problem.threads = a.num_threads > 0 ? a.num_threads : cpu_info().cores;
+  if (h.pattern.family == SK_FAMILY_BSR) {
+    problem.density =
+        double(h.nnzb) * h.pattern.block_rows * h.pattern.block_cols / (double(h.n) * double(h.k)) +
+        1e-9;
+  }
+  if (on_gpu) {
+    check_addresses(op, a, conv);
+    problem.device_type = SK_CUDA;
+    problem.gpu = &cuda_device(a.device_index);
+    check_workspace(op, a, *problem.gpu);
+  }
+  const Kernel& kernel = select(problem, force);
+  const MatmulCall call{weight,
+                        a.m,
+                        a.n,
+                        a.k,
+                        a.dtype,
+                        a.x,
+                        a.x_row_stride,
+                        a.y,
+                        a.y_row_stride,
+                        a.bias,
+                        a.residual,
+                        a.residual_row_stride,
+                        a.residual_order == SK_RESIDUAL_FIRST,
+                        a.activation,
+                        conv,
+                        problem.threads,
+                        problem.gpu,
+                        a.stream,
+                        a.workspace,
+                        a.workspace_bytes};
+  if (on_gpu) {
+    run_on_gpu(kernel, call);
+  } else {
+    kernel.functions->run(call);
   }
 }
 
@@ -290,58 +411,10 @@ int default_format(const sk_pattern& pattern, int dtype, const std::string& targ
   return canonical;
 }
 
-void matmul(const sk_matmul_args& a, const char* force) {
-  SK_REQUIRE(a.device_type == SK_CPU || a.device_type == SK_CUDA,
-             "matmul: expected device_type cpu (0) or cuda (1), got ", a.device_type);
-  const bool on_gpu = a.device_type == SK_CUDA;
-  PackedHeader copy;  // of a weight on a GPU
-  const PackedWeight weight = on_gpu ? open_on_gpu("matmul", a.weight, a.weight_bytes,
-                                                   "weight_header", a.weight_header, copy)
-                                     : open_packed(a.weight, a.weight_bytes);
-  const PackedHeader& h = *weight.header;
-  check_arguments(a, h);
-  if (a.m == 0) return;
-  Problem problem;
-  problem.format = h.format;
-  problem.pattern = h.pattern;
-  problem.dtype = h.dtype;
-  problem.m = a.m, problem.n = a.n, problem.k = a.k;
-  problem.threads = a.num_threads > 0 ? a.num_threads : cpu_info().cores;
-  if (h.pattern.family == SK_FAMILY_BSR) {
-    problem.density =
-        double(h.nnzb) * h.pattern.block_rows * h.pattern.block_cols / (double(h.n) * double(h.k)) +
-        1e-9;
-  }
-  if (on_gpu) {
-    check_addresses(a);
-    problem.device_type = SK_CUDA;
-    problem.gpu = &cuda_device(a.device_index);
-    check_workspace(a, *problem.gpu);
-  }
-  const Kernel& kernel = select(problem, force);
-  const MatmulCall call{weight,
-                        a.m,
-                        a.n,
-                        a.k,
-                        a.dtype,
-                        a.x,
-                        a.x_row_stride,
-                        a.y,
-                        a.y_row_stride,
-                        a.bias,
-                        a.residual,
-                        a.residual_row_stride,
-                        a.activation,
-                        problem.threads,
-                        problem.gpu,
-                        a.stream,
-                        a.workspace,
-                        a.workspace_bytes};
-  if (on_gpu) {
-    run_on_gpu(kernel, call);
-  } else {
-    kernel.functions->run(call);
-  }
+void matmul(const sk_matmul_args& args, const char* force) { run("matmul", args, nullptr, force); }
+
+void conv2d(const sk_matmul_args& args, const sk_conv2d_shape& shape, const char* force) {
+  run("conv2d", args, &shape, force);
 }
 
 std::vector<sk_candidate> explain(const Problem& problem) {

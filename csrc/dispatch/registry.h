@@ -39,7 +39,9 @@ struct MatmulCall {
   const void* bias;
   const void* residual;
   int64_t residual_row_stride;
+  bool residual_first;  // before the activation
   int activation;
+  const sk_conv2d_shape* conv;  // where the rows of x are gathered from; null: x is a matrix
   int threads;
   const CudaDevice* gpu;  // null: on the CPU
   void* stream;           // cudaStream_t
@@ -100,6 +102,7 @@ const Kernel& select(const Problem& problem, const char* force);
 int default_format(const sk_pattern& pattern, int dtype, const std::string& target);
 
 void matmul(const sk_matmul_args& args, const char* force);
+void conv2d(const sk_matmul_args& args, const sk_conv2d_shape& shape, const char* force);
 std::vector<sk_candidate> explain(const Problem& problem);
 
 }  // namespace sk

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -72,10 +73,29 @@ struct Weight {
   }
 };
 
+// The header of a packed buffer as the integers that a graph can hold; the rest of SK_HEADER_BYTES
+// is zero.
+using Header = std::array<int64_t, 13>;
+
+std::array<char, SK_HEADER_BYTES> header_bytes(const Header& header) {
+  std::array<char, SK_HEADER_BYTES> bytes{};
+  std::memcpy(bytes.data(), header.data(), sizeof header);
+  return bytes;
+}
+
+// What a call on a GPU takes beside the rest: device, stream, the packed weight's header, workspace and
+// its bytes.
+using Gpu = std::tuple<int, uintptr_t, Header, uintptr_t, int64_t>;
+
+// The fields of sk_conv2d_shape in their order.
+using Shape = std::array<int64_t, sizeof(sk_conv2d_shape) / sizeof(int64_t)>;
+
+// A matmul's operands; threads counts on the CPU only.
 sk_matmul_args matmul_args(int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x,
                            int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes,
                            uintptr_t y, int64_t y_row_stride, uintptr_t bias, uintptr_t residual,
-                           int64_t residual_row_stride, int activation) {
+                           int64_t residual_row_stride, bool residual_first, int activation,
+                           int threads) {
   sk_matmul_args args{};
   args.m = rows;
   args.n = n;
@@ -90,27 +110,37 @@ sk_matmul_args matmul_args(int64_t rows, int64_t n, int64_t k, int dtype, uintpt
   args.bias = at(bias);
   args.residual = at(residual);
   args.residual_row_stride = residual_row_stride;
+  args.residual_order = residual_first ? SK_RESIDUAL_FIRST : SK_RESIDUAL_LAST;
   args.activation = activation;
+  args.num_threads = threads;
   return args;
 }
 
-void run(const sk_matmul_args& args, const char* kernel) {
+// `conv` null: a matmul.
+void run(sk_matmul_args args, const Shape* conv, const std::optional<Gpu>& gpu,
+         const char* kernel) {
+  std::array<char, SK_HEADER_BYTES> header;
+  if (gpu) {
+    header = header_bytes(std::get<2>(*gpu));
+    args.device_type = SK_CUDA;
+    args.device_index = std::get<0>(*gpu);
+    args.stream = at(std::get<1>(*gpu));
+    args.weight_header = header.data();
+    args.workspace = at(std::get<3>(*gpu));
+    args.workspace_bytes = std::get<4>(*gpu);
+  }
   sk_status status;
   {
     py::gil_scoped_release release;
-    status = sk_matmul(&args, kernel);
+    if (conv) {
+      sk_conv2d_shape shape;
+      std::memcpy(&shape, conv->data(), sizeof shape);
+      status = sk_conv2d(&args, &shape, kernel);
+    } else {
+      status = sk_matmul(&args, kernel);
+    }
   }
   check(status);
-}
-
-// The header of a packed buffer as the integers that a graph can hold; the rest of SK_HEADER_BYTES
-// is zero.
-using Header = std::array<int64_t, 13>;
-
-std::array<char, SK_HEADER_BYTES> header_bytes(const Header& header) {
-  std::array<char, SK_HEADER_BYTES> bytes{};
-  std::memcpy(bytes.data(), header.data(), sizeof header);
-  return bytes;
 }
 
 }  // namespace
@@ -251,33 +281,24 @@ PYBIND11_MODULE(_C, m) {
           check(sk_unpack_cuda(&args));
         });
 
-  m.def("matmul", [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x,
-                     int64_t x_row_stride, uintptr_t weight, int64_t weight_bytes, uintptr_t y,
-                     int64_t y_row_stride, uintptr_t bias, uintptr_t residual,
-                     int64_t residual_row_stride, int activation, int threads, const char* kernel) {
-    sk_matmul_args args =
-        matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y, y_row_stride, bias,
-                    residual, residual_row_stride, activation);
-    args.num_threads = threads;
-    run(args, kernel);
-  });
-  m.def("matmul_cuda",
+  m.def("matmul",
         [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x, int64_t x_row_stride,
            uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride,
-           uintptr_t bias, uintptr_t residual, int64_t residual_row_stride, int activation,
-           int device, uintptr_t stream, const Header& header, uintptr_t workspace,
-           int64_t workspace_bytes, const char* kernel) {
-          sk_matmul_args args =
-              matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y, y_row_stride,
-                          bias, residual, residual_row_stride, activation);
-          const auto bytes = header_bytes(header);
-          args.device_type = SK_CUDA;
-          args.device_index = device;
-          args.stream = at(stream);
-          args.weight_header = bytes.data();
-          args.workspace = at(workspace);
-          args.workspace_bytes = workspace_bytes;
-          run(args, kernel);
+           uintptr_t bias, uintptr_t residual, int64_t residual_row_stride, bool residual_first,
+           int activation, int threads, const char* kernel, const std::optional<Gpu>& gpu) {
+          run(matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y,
+                          y_row_stride, bias, residual, residual_row_stride, residual_first,
+                          activation, threads),
+              nullptr, gpu, kernel);
+        });
+  m.def("conv2d",
+        [](int64_t rows, int64_t n, int64_t k, int dtype, uintptr_t x, const Shape& shape,
+           uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride,
+           uintptr_t bias, uintptr_t residual, int64_t residual_row_stride, bool residual_first,
+           int activation, int threads, const char* kernel, const std::optional<Gpu>& gpu) {
+          run(matmul_args(rows, n, k, dtype, x, 0, weight, weight_bytes, y, y_row_stride, bias,
+                          residual, residual_row_stride, residual_first, activation, threads),
+              &shape, gpu, kernel);
         });
 
   m.def("kernels", [] {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # The format that `pack_cuda` writes and `unpack_cuda` reads.
 CUDA_FORMAT = "nm_mma_sp"
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "relu6": 5}
 
 CUDA_COUNTER_BYTES: int = _C.CUDA_COUNTER_BYTES
 """Bytes at the start of a workspace that are zero before and after every call."""
@@ -336,6 +336,36 @@ def target_of(device: torch.device) -> str:
     return "cuda" if device.index is None else f"cuda:{device.index}"
 
 
+class GpuCall(NamedTuple):
+    """What a call on a GPU takes beside its tensors; the call starts the kernel and returns.
+
+    Attributes:
+        header: of the packed weight, on the host.
+        stream: the cudaStream_t.
+        workspace: uint8, of the size that `cuda_info` says, its first `CUDA_COUNTER_BYTES` zero;
+            calls that may run at the same time need different ones.
+    """
+
+    header: Sequence[int]
+    stream: int
+    workspace: Tensor
+
+
+@dataclass(frozen=True)
+class Conv2dShape:
+    """Where a convolution finds its pixels: sizes as (height, width), padding as (top, left).
+
+    What lies outside the image reads as zero, so the padding at the bottom and the right is
+    whatever `out_size` asks for.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    out_size: tuple[int, int]
+
+
 def matmul(
     x: Tensor,
     data: Tensor,
@@ -343,16 +373,21 @@ def matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    residual_first: bool = False,
     kernel: str | None = None,
+    gpu: GpuCall | None = None,
 ) -> None:
     """y = activation(x @ W.T + bias) + residual, into y.
 
     Args:
-        x: [m, k], last dimension contiguous, the packed weight's dtype.
+        x: [m, k], last dimension contiguous, the packed weight's dtype; on a GPU its rows lie on
+            multiples of 16 bytes.
         data: a packed buffer.
         y: [m, n], last dimension contiguous, same dtype.
         bias: [n] or None. residual: [m, n] or None.
+        residual_first: adds the residual before the activation.
         kernel: forces one kernel by its id.
+        gpu: given when the tensors are on a GPU.
     """
     _C.matmul(
         x.shape[0],
@@ -361,47 +396,64 @@ def matmul(
         DTYPES[x.dtype],
         x.data_ptr(),
         x.stride(0),
-        data.data_ptr(),
-        data.numel(),
-        y.data_ptr(),
-        y.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else residual.stride(0),
-        ACTIVATIONS[activation],
-        torch.get_num_threads(),
+        *_operands(data, y, bias, activation, residual, residual_first),
         kernel,
+        gpu and _gpu(x, gpu),
     )
 
 
-def matmul_cuda(
+def conv2d(
     x: Tensor,
+    k: int,
+    shape: Conv2dShape,
     data: Tensor,
-    header: Sequence[int],
+    y: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_first: bool = False,
+    kernel: str | None = None,
+    gpu: GpuCall | None = None,
+) -> None:
+    """The same for images: row (image, line, pixel) of y is that pixel of the output.
+
+    Args:
+        x: [batch, channels, height, width] with channels side by side (`channels_last`).
+        k: columns of the packed weight; its columns are [kernel height, width, channels], padded.
+        y: [batch * out height * out width, n]; residual alike.
+    """
+    batch, channels, height, width = x.shape
+    image_stride, _, line_stride, pixel_stride = x.stride()
+    _C.conv2d(
+        y.shape[0],
+        y.shape[1],
+        k,
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        (
+            *(batch, height, width, channels),
+            *(image_stride, line_stride, pixel_stride),
+            *shape.kernel_size,
+            *shape.stride,
+            *shape.dilation,
+            *shape.padding,
+            *shape.out_size,
+        ),
+        *_operands(data, y, bias, activation, residual, residual_first),
+        kernel,
+        gpu and _gpu(x, gpu),
+    )
+
+
+def _operands(
+    data: Tensor,
     y: Tensor,
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
-    kernel: str | None,
-    stream: int,
-    workspace: Tensor,
-) -> None:
-    """The same on a GPU: starts the kernel on a stream and returns.
-
-    Args:
-        x: [m, k] as for `matmul`, rows on multiples of 16 bytes.
-        data: a packed buffer on the GPU, whose `header` is on the host.
-        stream: the cudaStream_t.
-        workspace: uint8, of the size that `cuda_info` says, its first `CUDA_COUNTER_BYTES` zero;
-            calls that may run at the same time need different ones.
-    """
-    _C.matmul_cuda(
-        x.shape[0],
-        y.shape[1],
-        x.shape[1],
-        DTYPES[x.dtype],
-        x.data_ptr(),
-        x.stride(0),
+    residual_first: bool,
+) -> tuple[int, ...]:
+    return (
         data.data_ptr(),
         data.numel(),
         y.data_ptr(),
@@ -409,14 +461,15 @@ def matmul_cuda(
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride(0),
+        residual_first,
         ACTIVATIONS[activation],
-        x.device.index,
-        stream,
-        header,
-        workspace.data_ptr(),
-        workspace.numel(),
-        kernel,
+        torch.get_num_threads(),
     )
+
+
+def _gpu(x: Tensor, call: GpuCall) -> tuple[int, int, Sequence[int], int, int]:
+    workspace = call.workspace
+    return x.device.index, call.stream, call.header, workspace.data_ptr(), workspace.numel()
 
 
 def kernels() -> list[KernelInfo]:
@@ -432,11 +485,12 @@ def explain(
     k: int,
     m: int,
     device: torch.device | None = None,
+    op: str = "matmul",
 ) -> list[Candidate]:
     """Every kernel's answer to a problem on a device (None: this CPU), in the registry's order."""
     device = torch.device("cpu") if device is None else device
     rows = _C.explain(
-        "matmul",
+        op,
         format,
         _encode_pattern(pattern),
         _encode_dtype(dtype),

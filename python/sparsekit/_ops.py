@@ -101,7 +101,7 @@ def _linear_cpu(
         bias if bias is None or bias.is_contiguous() else bias.contiguous(),
         activation,
         None if residual is None else _rows(residual),
-        kernel_id,
+        kernel=kernel_id,
     )
     return y
 
@@ -116,22 +116,24 @@ def _linear_cuda(
     kernel_id: str | None = None,
     header: Sequence[int] | None = None,
 ) -> Tensor:
-    header = _given("linear", header)
+    gpu = _gpu_call(_given("linear", header), x.device)
     y = x.new_empty((*x.shape[:-1], n))
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    _native.matmul_cuda(
+    _native.matmul(
         _aligned_rows(x),
         packed,
-        header,
         y if y.dim() == 2 else y.view(-1, n),
         bias if bias is None or bias.is_contiguous() else bias.contiguous(),
         activation,
         None if residual is None else _rows(residual),
-        kernel_id,
-        stream,
-        _workspace(x.device, stream),
+        kernel=kernel_id,
+        gpu=gpu,
     )
     return y
+
+
+def _gpu_call(header: Sequence[int], device: torch.device) -> _native.GpuCall:
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _native.GpuCall(header, stream, _workspace(device, stream))
 
 
 def _given(op: str, header: Sequence[int] | None) -> Sequence[int]:
@@ -274,6 +276,8 @@ def _activation_backward(activation: str, grad: Tensor, argument: Tensor) -> Ten
     aten = torch.ops.aten
     if activation == "relu":
         return aten.threshold_backward(grad, argument, 0)
+    if activation == "relu6":
+        return aten.hardtanh_backward(grad, argument, 0, 6)
     if activation == "silu":
         return aten.silu_backward(grad, argument)
     approximate = "tanh" if activation == "gelu_tanh" else "none"

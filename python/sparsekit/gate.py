@@ -45,6 +45,7 @@ _ONEDNN_ACTIVATION: dict[str | None, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
+    "relu6": ("hardtanh", ""),
 }
 
 
@@ -80,6 +81,8 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
         return y
     if activation == "relu":
         return functional.relu(y)
+    if activation == "relu6":
+        return functional.relu6(y)
     if activation == "silu":
         return functional.silu(y)
     return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

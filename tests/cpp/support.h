@@ -401,6 +401,8 @@ inline double activate(double v, int32_t activation) {
       return 0.5 * v * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (v + 0.044715 * v * v * v)));
     case SK_ACTIVATION_SILU:
       return v / (1 + std::exp(-v));
+    case SK_ACTIVATION_RELU6:
+      return std::min(std::max(v, 0.0), 6.0);
     default:
       return v;
   }
@@ -441,11 +443,11 @@ inline std::vector<sk_kernel_info> kernels() {
   return all;
 }
 
-// Those that this CPU can run.
-inline std::vector<sk_kernel_info> available_kernels() {
+// Those of an operation that this CPU can run.
+inline std::vector<sk_kernel_info> available_kernels(const char* op = "matmul") {
   std::vector<sk_kernel_info> all = kernels();
-  const auto other = [](const sk_kernel_info& k) {
-    return !k.available || k.device_type != SK_CPU;
+  const auto other = [op](const sk_kernel_info& k) {
+    return !k.available || k.device_type != SK_CPU || std::strcmp(k.op, op) != 0;
   };
   all.erase(std::remove_if(all.begin(), all.end(), other), all.end());
   return all;

@@ -161,7 +161,7 @@ void test_close(const std::vector<sk_kernel_info>& kernels) {
       for (int64_t m : {3, 37}) {
         const Inputs in(w, m, Fill::kReals, random, 1);
         const Sums sums(w, in.x);
-        for (int32_t activation = SK_ACTIVATION_NONE; activation <= SK_ACTIVATION_SILU;
+        for (int32_t activation = SK_ACTIVATION_NONE; activation <= SK_ACTIVATION_RELU6;
              ++activation) {
           const Epilogue e{turn % 2 == 0, turn % 3 == 0, activation};
           ++turn;

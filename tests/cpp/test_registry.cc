@@ -55,7 +55,7 @@ void test_names() {
     if (*info.variant) joined += std::string("_") + info.variant;
     CHECK(joined == info.name);
     CHECK(names.insert(joined).second);
-    CHECK(std::string(info.op) == "matmul");
+    CHECK(std::string(info.op) == "matmul" || std::string(info.op) == "conv2d");
     CHECK(info.reason && *info.reason);
     if (info.device_type == SK_CPU) level(info.arch);
     const sk_pattern p = !std::strncmp(info.format, "nm", 2) ? nm(2, 4) : bsr(16, 16);
@@ -66,7 +66,8 @@ void test_names() {
   // A kernel for any CPU for each family and dtype.
   for (const char* format : {"nm", "bsr"}) {
     for (int32_t dtype : kDtypes) {
-      CHECK(names.count(std::string("matmul_") + format + "_" + dtype_name(dtype) + "_scalar"));
+      for (const char* op : {"matmul_", "conv2d_"})
+        CHECK(names.count(op + std::string(format) + "_" + dtype_name(dtype) + "_scalar"));
     }
   }
 }

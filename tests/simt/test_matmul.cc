@@ -123,6 +123,8 @@ double activate_exactly(double v, int activation) {
       return 0.5 * v * (1 + std::tanh(M_2_SQRTPI * M_SQRT1_2 * (v + 0.044715 * v * v * v)));
     case cuda::kSilu:
       return v / (1 + std::exp(-v));
+    case cuda::kRelu6:
+      return std::min(std::max(v, 0.0), 6.0);
     default:
       return v;
   }
@@ -277,7 +279,7 @@ void test_tile(const sk_pattern& pattern, int format_id) {
   for (parts.order = 2; parts.order < 5; ++parts.order) CHECK(check(parts) == bits);
   // Epilogues, aligned and not.
   for (const int activation :
-       {cuda::kNone, cuda::kRelu, cuda::kGelu, cuda::kGeluTanh, cuda::kSilu}) {
+       {cuda::kNone, cuda::kRelu, cuda::kGelu, cuda::kGeluTanh, cuda::kSilu, cuda::kRelu6}) {
     Case c{5, rows, 64, 1, false, activation, true, true};
     check(c);
     c.n = rows - 3, c.y_pad = 2, c.x_pad = 8;

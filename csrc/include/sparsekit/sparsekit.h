@@ -8,6 +8,9 @@
  *     y[m, n] = activation(x[m, k] · W[n, k]ᵀ + bias[n]) + residual[m, n]          W is the sparse
  * one
  *
+ * conv2d is the same with rows of x that are gathered from images: a pixel of y is a row, a kernel
+ * position (tap) of all channels a run of columns.
+ *
  * Weights take three steps, each with its inverse:
  *
  *     dense + mask  --sk_compress-->  canonical (sk_weight)  --sk_pack-->  a kernel's format
@@ -46,7 +49,8 @@ typedef enum sk_activation {
   SK_ACTIVATION_RELU = 1,
   SK_ACTIVATION_GELU = 2,      /* with erf */
   SK_ACTIVATION_GELU_TANH = 3, /* the tanh approximation */
-  SK_ACTIVATION_SILU = 4
+  SK_ACTIVATION_SILU = 4,
+  SK_ACTIVATION_RELU6 = 5 /* min(max(v, 0), 6) */
 } sk_activation;
 
 typedef enum sk_device_type { SK_CPU = 0, SK_CUDA = 1 } sk_device_type;
@@ -96,6 +100,12 @@ typedef struct sk_packed_info {
   int64_t bytes;
 } sk_packed_info;
 
+/* When the residual is added. */
+typedef enum sk_residual_order {
+  SK_RESIDUAL_LAST = 0, /* activation(sum + bias) + residual */
+  SK_RESIDUAL_FIRST = 1 /* activation(sum + bias + residual), as residual networks do */
+} sk_residual_order;
+
 /* One matmul. All tensors have the weight's dtype; rows may be strided (in elements), columns not.
  */
 typedef struct sk_matmul_args {
@@ -110,6 +120,7 @@ typedef struct sk_matmul_args {
   const void* bias;     /* [n] or NULL */
   const void* residual; /* [m, n] or NULL; may not overlap y */
   int64_t residual_row_stride;
+  int32_t residual_order; /* sk_residual_order */
   int32_t activation;
   int32_t num_threads; /* 0: as many as there are cores */
   /* The rest is for SK_CUDA, where all tensors, `weight` and `workspace` are in the memory of one
@@ -123,6 +134,26 @@ typedef struct sk_matmul_args {
   void* workspace;
   int64_t workspace_bytes; /* at least what sk_get_cuda_info says */
 } sk_matmul_args;
+
+/* Where sk_conv2d finds the rows of x: row (b * out_height + p) * out_width + q is an output pixel of
+ * image b, and its columns are, tap by tap,
+ *
+ *     x[b, p * stride_height - padding_top + r * dilation_height,
+ *          q * stride_width - padding_left + s * dilation_width, 0 .. in_channels)
+ *
+ * with zeros outside the image and behind the last channel: column (r * kernel_width + s) * tap + c
+ * of W is channel c, tap = k / (kernel_height * kernel_width) is at least in_channels. The padding at
+ * the bottom and the right is what out_height and out_width ask for. A group of channels is a call
+ * of its own. */
+typedef struct sk_conv2d_shape {
+  int64_t batch, in_height, in_width, in_channels;
+  int64_t x_image_stride, x_line_stride, x_pixel_stride; /* in elements; channels lie side by side */
+  int64_t kernel_height, kernel_width;
+  int64_t stride_height, stride_width;
+  int64_t dilation_height, dilation_width;
+  int64_t padding_top, padding_left;
+  int64_t out_height, out_width;
+} sk_conv2d_shape;
 
 /* Which elements sk_pack_cuda keeps. */
 typedef enum sk_keep {
@@ -266,6 +297,12 @@ SK_API sk_status sk_unpack_cuda(const sk_unpack_cuda_args* args);
 /* Runs the kernel named; when it is NULL the one that SPARSEKIT_KERNEL names, else the preferred one,
  * else, or where that one cannot run, the one that the cost model estimates to be the fastest. */
 SK_API sk_status sk_matmul(const sk_matmul_args* args, const char* kernel);
+
+/* The same for a convolution. `args` as for sk_matmul with m = batch * out_height * out_width, but x
+ * is the images and x_row_stride does not count. A GPU wants x, its strides and tap * element size on
+ * multiples of 16 bytes. A 1x1 convolution without stride and padding is run as a matmul. */
+SK_API sk_status sk_conv2d(const sk_matmul_args* args, const sk_conv2d_shape* shape,
+                           const char* kernel);
 
 SK_API int32_t sk_kernel_count(void);
 SK_API sk_status sk_get_kernel(int32_t index, sk_kernel_info* info);
