@@ -38,12 +38,12 @@ void test_bounds_and_alignment() {
   fails(32, 64, Fault::kOutOfBounds, "load_shared", +[] { ptx::load_shared<float>(0); });
 
   const auto matrices = +[](int offset) {
-    uint32_t to[2];
-    ptx::ldmatrix_x2(to, ptx::shared_base() + uint32_t(ptx::thread_index() * 16 + offset));
+    uint32_t to[4];
+    ptx::ldmatrix_x4(to, ptx::shared_base() + uint32_t(ptx::thread_index() * 16 + offset));
   };
-  passes(32, 256, matrices, 0);
-  fails(32, 256, Fault::kMisaligned, "a shared address that is a multiple of 16", matrices, 8);
-  fails(32, 256, Fault::kOutOfBounds, "ldmatrix", matrices, 16);
+  passes(32, 512, matrices, 0);
+  fails(32, 512, Fault::kMisaligned, "a shared address that is a multiple of 16", matrices, 8);
+  fails(32, 512, Fault::kOutOfBounds, "ldmatrix", matrices, 16);
 }
 
 void test_poison() {

@@ -111,13 +111,6 @@ SK_DEVICE void ldmatrix_x4(uint32_t (&to)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
-// .x2: two matrices, the addresses from lanes 0 to 15.
-SK_DEVICE void ldmatrix_x2(uint32_t (&to)[2], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(address)
-               : "memory");
-}
 
 #define SK_MMA(type)                                                                  \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \

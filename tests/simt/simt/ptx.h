@@ -70,9 +70,8 @@ inline uint32_t shuffle(uint32_t value, int from, Place place) {
   return operands.value;
 }
 
-// kMatrices 8x8 matrices, their rows at the addresses of lanes 0 to 8 kMatrices - 1.
-template <int kMatrices>
-void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
+// Four 8x8 matrices; row r of matrix i lies at the address of lane 8 i + r.
+inline void ldmatrix_x4(uint32_t (&to)[4], uint32_t address, Place place) {
   struct Operands {
     uint32_t* to;
     uint32_t address;
@@ -80,7 +79,7 @@ void ldmatrix(uint32_t (&to)[kMatrices], uint32_t address, Place place) {
   Thread& thread = machine().begin(Op::kLdmatrix, place);
   machine().collective(thread, operands, [&](Operands** lanes, Warp& warp) {
     int conflicts = 0;
-    for (int matrix = 0; matrix < kMatrices; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint64_t rows[kLanes] = {};
       for (int row = 0; row < 8; ++row) {
         const int giver = matrix * 8 + row;
@@ -250,10 +249,7 @@ SK_DEVICE void cp_async_wait(SK_PLACE) {
 // ---- matrices of a warp --------------------------------------------------------------------------
 
 SK_DEVICE void ldmatrix_x4(uint32_t (&to)[4], uint32_t address, SK_PLACE) {
-  detail::ldmatrix<4>(to, address, place);
-}
-SK_DEVICE void ldmatrix_x2(uint32_t (&to)[2], uint32_t address, SK_PLACE) {
-  detail::ldmatrix<2>(to, address, place);
+  detail::ldmatrix_x4(to, address, place);
 }
 
 template <class T>
