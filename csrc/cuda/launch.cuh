@@ -4,16 +4,41 @@
 
 #include "core/cuda_check.h"
 #include "core/error.h"
-#include "cuda/matmul_mma.cuh"
-#include "cuda/plan.h"
-#include "dispatch/registry.h"
+#include "cuda/families.h"
+#include "cuda/pixels.cuh"
+#include "cuda/rows.cuh"
 
 namespace sk::cuda {
 
-// Family: what the host must know of a kind of weights: kMacsPerClock, refusal(), stages() and bytes().
-template <class Tile, template <class> class WeightsOf, class Family>
+template <class Params>
+Params params_of_x(const MatmulCall& call);
+template <>
+inline RowParams params_of_x(const MatmulCall& call) {
+  return {nullptr, call.x_row_stride};
+}
+template <>
+inline PixelParams params_of_x(const MatmulCall& call) {
+  return {*call.conv, call.k};
+}
+
+// Lets a launch start at a token; returns how many from there on it can take.
+inline int64_t start_at(int64_t token, const MatmulCall& call, RowParams& x) {
+  x.x = static_cast<const uint16_t*>(call.x) + token * call.x_row_stride;
+  return call.m - token;
+}
+inline int64_t start_at(int64_t token, const MatmulCall& call, PixelParams& x) {
+  const PixelRange range = pixels_from(*call.conv, token);
+  x.x = static_cast<const uint16_t*>(call.x) + range.offset;
+  x.first_pixel = range.first_pixel;
+  return range.tokens;
+}
+
+template <class Tile, template <class> class WeightsOf, class Family,
+          template <class> class CopierOf>
 struct TileKernel {
-  using Shared = SharedMemory<Tile, WeightsOf<Tile>>;
+  using Copier = CopierOf<Tile>;
+  using Shared = SharedMemory<Tile, WeightsOf<Tile>, Copier>;
+  static constexpr auto kKernel = matmul_mma<Tile, WeightsOf, CopierOf>;
 
   static constexpr TileShape kShape = {Tile::kRows,        Tile::kTokens,  Tile::kBlocksPerSm,
                                        Shared::kSlotBytes, Shared::kBytes, Family::kMacsPerClock};
@@ -34,7 +59,13 @@ struct TileKernel {
   }
 
   static double cost(const Problem& p) {
-    return cost_us(kShape, stages(p), p.m, Family::bytes(kept(p)), p.n, p.k, *p.gpu);
+    // How many bytes the images of a convolution have the problem does not say; they are the same for all tiles.
+    const int64_t x_columns = std::is_same_v<Copier, RowCopier<Tile>> ? p.k : 0;
+    return cost_us(kShape, stages(p), p.m, Family::bytes(kept(p)), p.n, x_columns, *p.gpu);
+  }
+
+  static constexpr KernelFunctions functions(const char* about) {
+    return {refusal, cost, run, about};
   }
 
   static void run(const MatmulCall& call) {
@@ -48,7 +79,6 @@ struct TileKernel {
     p.weight = call.weight.base;
     p.values_offset = h.values_offset, p.indices_offset = h.indices_offset,
     p.order_offset = h.order_offset;
-    p.x_row_stride = call.x_row_stride;
     p.k = int(call.k);
     p.epilogue.bias = static_cast<const uint16_t*>(call.bias);
     p.epilogue.y_row_stride = call.y_row_stride;
@@ -60,9 +90,9 @@ struct TileKernel {
                          (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
     p.counters = static_cast<int*>(call.workspace);
     p.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCudaCounterBytes);
+    auto x = params_of_x<typename Copier::Params>(call);
     for (int64_t token = 0; token < call.m;) {
-      const Plan plan = cuda::plan(kShape, stages, call.m - token, *call.gpu);
-      p.x = static_cast<const uint16_t*>(call.x) + token * call.x_row_stride;
+      const Plan plan = cuda::plan(kShape, stages, start_at(token, call, x), *call.gpu);
       p.epilogue.y = static_cast<uint16_t*>(call.y) + token * call.y_row_stride;
       p.epilogue.residual = call.residual ? static_cast<const uint16_t*>(call.residual) +
                                                 token * call.residual_row_stride
@@ -70,10 +100,9 @@ struct TileKernel {
       p.epilogue.m = plan.tokens;
       p.token_tiles = plan.token_tiles;
       p.whole_tiles = plan.whole_tiles;
-      matmul_mma<Tile, WeightsOf>
-          <<<plan.blocks, Tile::kThreads, Shared::kBytes, static_cast<cudaStream_t>(call.stream)>>>(
-              p);
-      check_cuda(cudaGetLastError(), "launching a matmul kernel");
+      kKernel<<<plan.blocks, Tile::kThreads, Shared::kBytes,
+                static_cast<cudaStream_t>(call.stream)>>>(p, x);
+      check_cuda(cudaGetLastError(), "launching a tile kernel");
       token += plan.tokens;
     }
   }
@@ -87,17 +116,22 @@ struct TileKernel {
     static std::atomic<uint64_t> allowed{0};
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && allowed.load(std::memory_order_relaxed) & bit) return;
-    check_cuda(cudaFuncSetAttribute(matmul_mma<Tile, WeightsOf>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes),
-               "asking for shared memory");
+    check_cuda(
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes),
+        "asking for shared memory");
     allowed.fetch_or(bit, std::memory_order_relaxed);
   }
 };
 
-template <class Tile, template <class> class WeightsOf, class Family>
-constexpr KernelFunctions tile_kernel(const char* about) {
-  using Kernel = TileKernel<Tile, WeightsOf, Family>;
-  return {Kernel::refusal, Kernel::cost, Kernel::run, about};
-}
-
 }  // namespace sk::cuda
+
+// A line of tiles.inc: a kernel for each dtype.
+#define SK_TILE_KERNELS(id, Weights, Family, Copier, ...)                 \
+  SK_TILE_KERNEL(id, f16, ptx::F16, Weights, Family, Copier, __VA_ARGS__) \
+  SK_TILE_KERNEL(id, bf16, ptx::BF16, Weights, Family, Copier, __VA_ARGS__)
+#define SK_TILE_KERNEL(id, dtype, T, Weights, Family, Copier, rows, tokens, warps_rows,       \
+                       warps_tokens, stages, blocks, about)                                   \
+  extern const KernelFunctions id##_##dtype##_sm80_##rows##x##tokens;                         \
+  const KernelFunctions id##_##dtype##_sm80_##rows##x##tokens =                               \
+      cuda::TileKernel<cuda::Tile<T, rows, tokens, warps_rows, warps_tokens, stages, blocks>, \
+                       cuda::Weights, cuda::Family, cuda::Copier>::functions(about);

@@ -8,7 +8,8 @@
 //   x   [token][64 columns] in 128-byte rows; 16-byte chunk c of token t lies at chunk c ^ (t % 8), so that
 //       neither the copies nor ldmatrix meet a bank twice
 //
-// weights_nm.cuh and weights_bsr.cuh say which columns of x a stage takes and multiply it.
+// weights_nm.cuh and weights_bsr.cuh say which columns of x a stage takes and multiply it; rows.cuh and pixels.cuh
+// copy those columns, of a matrix or of the images that a convolution sees.
 #pragma once
 #include "cuda/epilogue.cuh"
 #include "cuda/tile_scheduler.cuh"
@@ -18,8 +19,6 @@ namespace sk::cuda {
 struct MatmulParams {
   const uint8_t* weight;  // the packed buffer
   int64_t values_offset, indices_offset, order_offset;
-  const uint16_t* x;  // [m, k], rows on 16 bytes
-  int64_t x_row_stride;
   int k;
   EpilogueParams epilogue;
   int token_tiles, whole_tiles;  // see TileScheduler
@@ -46,64 +45,41 @@ struct Tile {
                 "copies of x come out even");
 };
 
-template <class Tile, class Weights>
+// The ring, and behind it what the copier of x keeps of a tile.
+template <class Tile, class Weights, class Copier>
 struct SharedMemory {
   static constexpr int kSlotBytes = Weights::kStageBytes + Tile::kXBytes;
-  static constexpr int kBytes = Tile::kStages * kSlotBytes;
+  static constexpr int kRingBytes = Tile::kStages * kSlotBytes;
+  static constexpr int kBytes = kRingBytes + Copier::kSharedBytes;
   static_assert(Weights::kStageBytes % 128 == 0, "rows of x start on 128 bytes");
-  static_assert(kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens> * Tile::kThreads / 32 <= kBytes,
+  static_assert(kEpilogueBytes<Tile::kWarpRows, Tile::kWarpTokens> * Tile::kThreads / 32 <=
+                    kRingBytes,
                 "the epilogue uses the ring");
 };
 
-// Copies a stage's part of x. A thread has the same chunk of 8 columns of every kRowStep-th token.
+// The part of a stage of x that a thread copies: the same chunk of 8 columns of every kStep-th token.
 template <class Tile>
-class XCopier {
+class ChunkCopier {
   static constexpr int kChunks = kStageColumns / 8;
-  static constexpr int kRowStep = Tile::kThreads / kChunks;
-  static constexpr int kRowsPerThread = (Tile::kTokens + kRowStep - 1) / kRowStep;
 
  public:
-  SK_DEVICE explicit XCopier(const MatmulParams& p)
-      : p_(p), chunk_(ptx::thread_index() % kChunks), row_(ptx::thread_index() / kChunks) {}
+  static constexpr int kStep = Tile::kThreads / kChunks;
+  static constexpr int kCopies = (Tile::kTokens + kStep - 1) / kStep;
 
-  SK_DEVICE void start_tile(int64_t token) {
-    const int64_t left = p_.epilogue.m - token;
-    tokens_ = left < Tile::kTokens ? int(left) : Tile::kTokens;
-    from_ = p_.x + (token + row_) * p_.x_row_stride;
-  }
-  SK_DEVICE int chunk() const { return chunk_; }
+  SK_DEVICE static int chunk() { return ptx::thread_index() % kChunks; }
+  SK_DEVICE static int first_token() { return ptx::thread_index() / kChunks; }
 
-  // `column`: of W and x, where this thread's chunk starts. Past k, and past m, zeros come.
-  SK_DEVICE void copy(uint32_t slot, int column) const {
-    if (tokens_ == Tile::kTokens && column + 8 <= p_.k) {
-      each_row(slot, column,
-               [](uint32_t to, const uint16_t* from, int) { ptx::cp_async_16(to, from); });
-      return;
-    }
-    int bytes = (p_.k - column) * 2;
-    bytes = bytes < 0 ? 0 : bytes > 16 ? 16 : bytes;
-    each_row(slot, column, [&](uint32_t to, const uint16_t* from, int row) {
-      const bool some = row < tokens_ && bytes > 0;
-      ptx::cp_async_16(to, some ? from : p_.x, some ? bytes : 0);
-    });
-  }
-
- private:
+  // Calls copy(i, token of the tile, where its chunk belongs).
   template <class Copy>
-  SK_DEVICE void each_row(uint32_t slot, int column, Copy copy) const {
-    const uint16_t* from = from_ + column;
+  SK_DEVICE static void each_token(uint32_t slot, Copy copy) {
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i, from += kRowStep * p_.x_row_stride) {
-      const int row = row_ + i * kRowStep;
-      if (Tile::kTokens % kRowStep != 0 && row >= Tile::kTokens) break;
-      copy(slot + uint32_t(row * 128 + (chunk_ ^ row % 8) * 16), from, row);
+    for (int i = 0; i < kCopies; ++i) {
+      const int token = first_token() + i * kStep;
+      if (Tile::kTokens % kStep != 0 && token >= Tile::kTokens) break;
+      const int turn = (kStep % 8 == 0 ? first_token() : token) % 8;
+      copy(i, token, slot + uint32_t(token * 128 + (chunk() ^ turn) * 16));
     }
   }
-
-  const MatmulParams& p_;
-  const int chunk_, row_;
-  int tokens_ = 0;
-  const uint16_t* from_ = nullptr;
 };
 
 // Parts of a shared tile, in the order of the registers: 16 bytes a thread side by side.
@@ -135,11 +111,12 @@ SK_DEVICE void add_part(const float* part, float (&sums)[kRowTiles][kTokenTiles]
   }
 }
 
-template <class Tile, template <class> class WeightsOf>
+template <class Tile, template <class> class WeightsOf, template <class> class CopierOf>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    matmul_mma(const __grid_constant__ MatmulParams p) {
+    matmul_mma(const __grid_constant__ MatmulParams p,
+               const __grid_constant__ typename CopierOf<Tile>::Params x_params) {
   using Weights = WeightsOf<Tile>;
-  using Shared = SharedMemory<Tile, Weights>;
+  using Shared = SharedMemory<Tile, Weights, CopierOf<Tile>>;
   constexpr int kTileFloats = Tile::kRows * Tile::kTokens;
   const uint32_t shared = ptx::shared_base();
   const int warp = ptx::thread_index() / 32;
@@ -147,7 +124,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const int warp_token = warp / Tile::kWarpsAlongRows * Tile::kWarpTokens;
 
   Weights weights(p);
-  XCopier<Tile> x(p);
+  CopierOf<Tile> x(p, x_params, shared + Shared::kRingBytes);
   TileScheduler<Weights> scheduler(weights, p.token_tiles, p.whole_tiles);
 
   Work work;
@@ -161,7 +138,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     uint32_t write_slot = shared, read_slot = shared;
     const auto advance = [&](uint32_t& slot) {
       slot += Shared::kSlotBytes;
-      if (slot == shared + Shared::kBytes) slot = shared;
+      if (slot == shared + Shared::kRingBytes) slot = shared;
     };
     const auto copy_stage = [&] {
       if (copied < work.end) {
@@ -172,7 +149,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       }
       ptx::cp_async_commit();  // an empty group, too: the wait below counts groups
     };
-    ptx::sync_block();  // the ring is free: the last tile's epilogue is over
+    ptx::
+        sync_block();  // the ring is free: the last tile's epilogue is over; x has started the tile
 #pragma unroll 1
     for (int s = 0; s < Tile::kStages - 1; ++s) copy_stage();
 #pragma unroll 1

@@ -63,6 +63,24 @@ inline Plan plan(const TileShape& tile, const Stages& stages, int64_t m, const C
   return p;
 }
 
+// Where a launch for a convolution may start, and how far it reaches: offsets in x are counted from its first
+// image, in 2^32 chunks of 8 elements.
+struct PixelRange {
+  int64_t offset;   // of the image, in elements
+  int first_pixel;  // in it
+  int64_t tokens;
+};
+
+// An image is smaller than that (dispatch/matmul_cuda.cc), and images do not overlap.
+inline PixelRange pixels_from(const sk_conv2d_shape& s, int64_t token) {
+  const int64_t reach = int64_t{8} << 32, pixels = s.out_height * s.out_width;
+  const int64_t image = token / pixels, left = s.batch - image;
+  const int64_t images =
+      left > 1 ? std::min(left, std::max<int64_t>(1, reach / s.x_image_stride)) : 1;
+  const int first_pixel = int(token % pixels);
+  return {image ? image * s.x_image_stride : 0, first_pixel, images * pixels - first_pixel};
+}
+
 // Of the tensor cores with float32 sums, per SM and clock: half on GeForce and its kin; what Hopper gives to mma.
 inline double tensor_rate(int compute_capability) {
   if (compute_capability == 86 || compute_capability == 89 || compute_capability / 10 == 12)

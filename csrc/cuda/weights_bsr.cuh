@@ -16,21 +16,17 @@ class BsrWeights {
  public:
   static constexpr int kStageBytes = kSlices * kSliceBytes;
   static_assert(kStageBytes % (Tile::kThreads * 16) == 0, "copies come out even");
+  static_assert(Tile::kTokenTiles % 2 == 0, "a load brings a slice of two of them");
 
-  SK_DEVICE explicit BsrWeights(const MatmulParams& p)
-      : values_(p.weight + p.values_offset),
-        columns_(reinterpret_cast<const int*>(p.weight + p.indices_offset)),
-        first_slice_(reinterpret_cast<const int*>(p.weight + p.order_offset)),
-        block_rows_((p.epilogue.n + Tile::kRows - 1) / Tile::kRows),
-        first_stage_(first_slice_ + (block_rows_ + 1 + 15) / 16 * 16) {}
+  SK_DEVICE explicit BsrWeights(const MatmulParams& p) : p_(p) {}
 
-  SK_DEVICE int row_tiles() const { return block_rows_; }
+  SK_DEVICE int row_tiles() const { return (p_.epilogue.n + Tile::kRows - 1) / Tile::kRows; }
   SK_DEVICE int stage_start(int block_row) const {
-    return ptx::load_global_nc(first_stage_ + block_row);
+    return ptx::load_global_nc(first_slice() + (row_tiles() + 1 + 15) / 16 * 16 + block_row);
   }
   // The last block row that starts at or before the stage.
   SK_DEVICE int row_of(int stage) const {
-    int low = 0, high = block_rows_;
+    int low = 0, high = row_tiles();
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       if (stage_start(middle) <= stage) {
@@ -43,8 +39,8 @@ class BsrWeights {
   }
 
   SK_DEVICE void start_tile(const Work& work) {
-    slice_ = ptx::load_global_nc(first_slice_ + work.row_tile);
-    end_ = ptx::load_global_nc(first_slice_ + work.row_tile + 1);
+    slice_ = ptx::load_global_nc(first_slice() + work.row_tile);
+    end_ = ptx::load_global_nc(first_slice() + work.row_tile + 1);
     ahead_ = column_of(work.begin);
   }
 
@@ -58,7 +54,7 @@ class BsrWeights {
   // Slices past the block row's end come as zeros, so that what stands there cannot matter.
   SK_DEVICE void copy(uint32_t slot, int stage) const {
     const int slice = slice_ + stage * kSlices;
-    const uint8_t* from = values_ + int64_t(slice) * kSliceBytes + ptx::thread_index() * 16;
+    const uint8_t* from = values() + int64_t(slice) * kSliceBytes + ptx::thread_index() * 16;
     const uint32_t to = slot + uint32_t(ptx::thread_index() * 16);
     const int bytes = (end_ - slice) * kSliceBytes;
     if (bytes >= kStageBytes) {
@@ -70,7 +66,7 @@ class BsrWeights {
 #pragma unroll
     for (int at = 0; at < kStageBytes; at += Tile::kThreads * 16) {
       const bool some = ptx::thread_index() * 16 + at < bytes;
-      ptx::cp_async_16(to + uint32_t(at), some ? from + at : values_, some ? 16 : 0);
+      ptx::cp_async_16(to + uint32_t(at), some ? from + at : values(), some ? 16 : 0);
     }
   }
 
@@ -80,26 +76,24 @@ class BsrWeights {
                                  float (&sums)[kRowTiles][kTokenTiles][4]) {
     const int lane = ptx::thread_index() % 32;
     const uint32_t fragment = slot + uint32_t(warp_row / 16 * kMmaTileBytes + lane * 16);
-    const uint32_t x_row = x + uint32_t(lane % 8 * 128);
+    // Lanes 0 to 15 point at the two chunks of 8 tokens, the others at those of the next 8.
+    const uint32_t x_row = x + uint32_t((lane / 16 * 8 + lane % 8) * 128);
 #pragma unroll
-    for (int pair = 0; pair < kSlices / 2; ++pair) {
-      uint4 a[2][kRowTiles];
+    for (int slice = 0; slice < kSlices; ++slice) {
+      uint4 a[kRowTiles];
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
+      for (int i = 0; i < kRowTiles; ++i)
+        a[i] =
+            ptx::load_shared<uint4>(fragment + uint32_t(slice * kSliceBytes + i * kMmaTileBytes));
+      const uint32_t chunk = uint32_t(((slice * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-          a[s][i] = ptx::load_shared<uint4>(
-              fragment + uint32_t((2 * pair + s) * kSliceBytes + i * kMmaTileBytes));
-      }
-      const uint32_t chunk = uint32_t(((pair * 4 + lane / 8) ^ lane % 8) * 16);
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
+      for (int j = 0; j < kTokenTiles; j += 2) {
         uint32_t b[4];
         ptx::ldmatrix_x4(b, x_row + uint32_t(j * 1024) + chunk);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          ptx::mma_m16n8k16<typename Tile::T>(sums[i][j], a[0][i], b[0], b[1]);
-          ptx::mma_m16n8k16<typename Tile::T>(sums[i][j], a[1][i], b[2], b[3]);
+          ptx::mma_m16n8k16<typename Tile::T>(sums[i][j], a[i], b[0], b[1]);
+          ptx::mma_m16n8k16<typename Tile::T>(sums[i][j + 1], a[i], b[2], b[3]);
         }
       }
     }
@@ -109,14 +103,19 @@ class BsrWeights {
   // Where the slice of this thread's chunk starts; past the block row's end no column at all.
   SK_DEVICE int column_of(int stage) const {
     const int slice = slice_ + stage * kSlices + ptx::thread_index() % (kStageColumns / 8) / 2;
-    return slice < end_ ? ptx::load_global_nc(columns_ + slice) : 1 << 30;
+    return slice < end_ ? ptx::load_global_nc(columns() + slice) : 1 << 30;
   }
 
-  const uint8_t* values_;
-  const int* columns_;
-  const int* first_slice_;
-  const int block_rows_;
-  const int* first_stage_;
+  // Computed where they are needed: registers are short.
+  SK_DEVICE const uint8_t* values() const { return p_.weight + p_.values_offset; }
+  SK_DEVICE const int* columns() const {
+    return reinterpret_cast<const int*>(p_.weight + p_.indices_offset);
+  }
+  SK_DEVICE const int* first_slice() const {
+    return reinterpret_cast<const int*>(p_.weight + p_.order_offset);
+  }
+
+  const MatmulParams& p_;
   int slice_ = 0, end_ = 0, ahead_ = 0;
 };
 

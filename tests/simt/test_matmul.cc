@@ -1,265 +1,43 @@
 // Every tile of the tensor-core matmul kernels: exact sums of small integers, at the edges of tiles and stages,
-// with blocks sharing tiles and without, all epilogues, and nothing written beside y.
-#include <algorithm>
-#include <cmath>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "check.h"
-#include "core/cuda_info.h"
-#include "cuda/plan.h"
-#include "cuda/weights_bsr.cuh"
-#include "cuda/weights_nm.cuh"
-#include "layout/format.h"
-#include "layout/weight.h"
-
-using namespace sk;
-namespace ptx = sk::ptx;
+// with blocks sharing tiles and without, all epilogues.
+#include "cuda/rows.cuh"
+#include "tile_case.h"
 
 namespace {
 
+// The rows of a matrix, with `x_pad` columns or more beside it. What stands there must not matter: NaN.
 template <class T>
-uint16_t to_bits(float v) {
-  return uint16_t(ptx::pack2<T>(v, 0.0f));
-}
-template <class T>
-float to_float(uint16_t bits) {
-  return ptx::unpack2<T>(bits).x;
-}
-
-struct Case {
-  int64_t m, n, k;
-  int blocks;         // of the grid
-  bool share = true;  // tiles among blocks; else a whole tile at a time
-  int activation = cuda::kNone;
-  bool bias = false, residual = false;
-  int x_pad = 0, y_pad = 0;  // columns beside x and y
-  double density = 0.5;      // of blocks
-  unsigned seed = 1;         // of the problem
-  unsigned order = 1;        // of blocks and warps
-  bool fractions = false;    // sums that depend on their order; only the bits are returned
-
-  std::string describe() const {
-    return "m=" + std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k) +
-           " blocks=" + std::to_string(blocks) + (share ? " shared" : " whole") +
-           " activation=" + std::to_string(activation) + " seed=" + std::to_string(seed);
-  }
-};
-
-// A random weight of small integers, packed, and the same dense.
-struct Weight {
-  std::vector<float> dense;  // [n, k]
-  std::vector<uint64_t> packed;
-  PackedHeader header;
-};
-
-template <class T>
-Weight make_weight(const sk_pattern& pattern, int format_id, const Case& c, std::mt19937& random) {
-  constexpr int dtype = std::is_same_v<T, ptx::F16> ? SK_F16 : SK_BF16;
-  Weight w;
-  w.dense.assign(size_t(c.n * c.k), 0);
-  std::vector<uint8_t> mask(size_t(c.n * c.k), 0);
-  const auto keep = [&](int64_t row, int64_t column) {
-    if (row >= c.n || column >= c.k) return;
-    const size_t at = size_t(row * c.k + column);
-    mask[at] = 1;
-    w.dense[at] = c.fractions ? float(random() % 1000) / 999 : float(int(random() % 5) - 2);
-  };
-  if (pattern.family == SK_FAMILY_NM) {
-    for (int64_t row = 0; row < c.n; ++row) {
-      for (int64_t group = 0; group < c.k; group += 4) {
-        const int first = int(random() % 4), second = int(random() % 4);
-        keep(row, group + first);
-        if (second != first) keep(row, group + second);
-      }
-    }
-  } else {
-    for (int64_t row = 0; row < c.n; row += pattern.block_rows) {
-      for (int64_t column = 0; column < c.k; column += pattern.block_cols) {
-        if (double(random() % 1000) >= 1000 * c.density) continue;
-        for (int r = 0; r < pattern.block_rows; ++r) {
-          for (int j = 0; j < pattern.block_cols; ++j) keep(row + r, column + j);
-        }
-      }
-    }
-  }
-  std::vector<uint16_t> bits(w.dense.size());
-  std::transform(w.dense.begin(), w.dense.end(), bits.begin(), to_bits<T>);
-
-  sk_weight canonical{};
-  canonical.pattern = pattern;
-  canonical.dtype = dtype;
-  canonical.n = c.n, canonical.k = c.k;
-  const int64_t nnzb =
-      pattern.family == SK_FAMILY_BSR ? count_blocks(pattern, mask.data(), c.n, c.k) : 0;
-  const WeightSizes sizes = weight_sizes(pattern, dtype, c.n, c.k, nnzb);
-  std::vector<uint64_t> values(size_t(sizes.values / 8 + 1)),
-      indices(size_t(sizes.indices / 8 + 1)), crow(size_t(sizes.crow_indices / 8 + 1));
-  canonical.values = values.data(), canonical.values_bytes = sizes.values;
-  canonical.indices = indices.data(), canonical.indices_bytes = sizes.indices;
-  if (pattern.family == SK_FAMILY_BSR) {
-    canonical.crow_indices = crow.data(), canonical.crow_indices_bytes = sizes.crow_indices;
-  }
-  compress(bits.data(), c.k, mask.data(), canonical);
-  w.header = make_header(canonical, format_id);
-  std::vector<uint64_t> storage(size_t(w.header.bytes / 8 + 8));
-  void* aligned = storage.data();
-  size_t space = storage.size() * 8;
-  std::align(64, size_t(w.header.bytes), aligned, space);
-  pack(canonical, format_id, aligned, w.header.bytes);
-  w.packed.assign(static_cast<uint64_t*>(aligned),
-                  static_cast<uint64_t*>(aligned) + w.header.bytes / 8);
-  return w;
-}
-
-double activate_exactly(double v, int activation) {
-  switch (activation) {
-    case cuda::kRelu:
-      return std::max(v, 0.0);
-    case cuda::kGelu:
-      return 0.5 * v * (1 + std::erf(v * M_SQRT1_2));
-    case cuda::kGeluTanh:
-      return 0.5 * v * (1 + std::tanh(M_2_SQRTPI * M_SQRT1_2 * (v + 0.044715 * v * v * v)));
-    case cuda::kSilu:
-      return v / (1 + std::exp(-v));
-    case cuda::kRelu6:
-      return std::min(std::max(v, 0.0), 6.0);
-    default:
-      return v;
-  }
-}
-
-// Returns the bits of y, for comparing runs.
-template <class Tile, template <class> class WeightsOf>
-std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& c,
-                          simt::Statistics* statistics = nullptr) {
-  using T = typename Tile::T;
-  using Shared = cuda::SharedMemory<Tile, WeightsOf<Tile>>;
-  std::mt19937 random(c.seed);
-  const Weight w = make_weight<T>(pattern, format_id, c, random);
-  const auto small = [&] {
-    return c.fractions ? float(random() % 1000) / 999 : float(int(random() % 5) - 2);
-  };
-
-  const int64_t x_stride = (c.k + 7) / 8 * 8 + c.x_pad, y_stride = c.n + c.y_pad;
-  std::vector<float> x(size_t(c.m * c.k)), bias(size_t(c.n)), residual(size_t(c.m * c.n));
-  // What stands beside x must not matter: NaN.
-  std::vector<uint16_t> x_bits(size_t(std::max<int64_t>(c.m, 1) * x_stride), 0xffff),
-      bias_bits(bias.size()), residual_bits(size_t(c.m * y_stride), 0xffff);
+X<cuda::RowParams> make_rows(const Case& c, int x_pad, std::mt19937& random) {
+  const int64_t stride = (c.k + 7) / 8 * 8 + x_pad;
+  X<cuda::RowParams> x;
+  x.dense.resize(size_t(c.m * c.k));
+  x.memory.assign(size_t(std::max<int64_t>(c.m, 1) * stride), 0xffff);
   for (int64_t i = 0; i < c.m; ++i) {
     for (int64_t j = 0; j < c.k; ++j) {
-      x[size_t(i * c.k + j)] = small();
-      x_bits[size_t(i * x_stride + j)] = to_bits<T>(x[size_t(i * c.k + j)]);
-    }
-    for (int64_t j = 0; j < c.n; ++j) {
-      residual[size_t(i * c.n + j)] = small();
-      residual_bits[size_t(i * y_stride + j)] = to_bits<T>(residual[size_t(i * c.n + j)]);
+      const float number = x.dense[size_t(i * c.k + j)] = c.number(random);
+      x.memory[size_t(i * stride + j)] = to_bits<T>(number);
     }
   }
-  for (size_t j = 0; j < bias.size(); ++j) bias[j] = small(), bias_bits[j] = to_bits<T>(bias[j]);
-
-  auto weight_buffer = simt::Buffer<uint64_t>::input("weight", w.packed);
-  auto x_buffer = simt::Buffer<uint16_t>::input("x", x_bits);
-  auto bias_buffer = simt::Buffer<uint16_t>::input("bias", bias_bits);
-  auto residual_buffer = simt::Buffer<uint16_t>::input("residual", residual_bits);
-  auto y = simt::Buffer<uint16_t>::output("y", size_t(c.m * y_stride));
-  auto counters = simt::Buffer<int>::in_out("counters", std::vector<int>(size_t(c.blocks), 0));
-  auto parts =
-      simt::Buffer<float>::output("parts", size_t(2 * c.blocks * Tile::kRows * Tile::kTokens));
-
-  cuda::MatmulParams p{};
-  p.weight = reinterpret_cast<const uint8_t*>(weight_buffer.data());
-  p.values_offset = w.header.values_offset;
-  p.indices_offset = w.header.indices_offset;
-  p.order_offset = w.header.order_offset;
-  p.x = x_buffer.data();
-  p.x_row_stride = x_stride;
-  p.k = int(c.k);
-  p.epilogue.y = y.data();
-  p.epilogue.bias = c.bias ? bias_buffer.data() : nullptr;
-  p.epilogue.residual = c.residual ? residual_buffer.data() : nullptr;
-  p.epilogue.y_row_stride = p.epilogue.residual_row_stride = y_stride;
-  p.epilogue.m = c.m;
-  p.epilogue.n = int(c.n);
-  p.epilogue.activation = c.activation;
-  p.epilogue.aligned = y_stride % 8 == 0;
-  p.token_tiles = int(ceil_div(c.m, int64_t{Tile::kTokens}));
-  const bool even = pattern.family == SK_FAMILY_NM;  // only tiles of one size go round whole
-  p.whole_tiles = c.share || !even ? 0 : p.token_tiles * int(ceil_div(c.n, int64_t{Tile::kRows}));
-  p.counters = counters.data();
-  p.parts = parts.data();
-
-  simt::Launch launch;
-  launch.grid = c.blocks;
-  launch.threads = Tile::kThreads;
-  launch.shared_bytes = Shared::kBytes;
-  launch.seed = c.order;
-  launch.kernel = "matmul_mma";
-  const simt::Statistics all = simt::launch(launch, cuda::matmul_mma<Tile, WeightsOf>, p);
-  if (statistics) *statistics = all;
-
-  for (int i = 0; i < c.blocks; ++i) CHECK(counters[size_t(i)] == 0);
-  if (c.fractions) return y.values();
-  const bool exact = c.activation == cuda::kNone || c.activation == cuda::kRelu;
-  for (int64_t i = 0; i < c.m; ++i) {
-    for (int64_t j = 0; j < y_stride; ++j) {
-      const size_t at = size_t(i * y_stride + j);
-      if (j >= c.n) {
-        CHECK(!y.written(at));
-        continue;
-      }
-      CHECK(y.written(at));
-      double sum = c.bias ? bias[size_t(j)] : 0;
-      for (int64_t l = 0; l < c.k; ++l)
-        sum += double(x[size_t(i * c.k + l)]) * w.dense[size_t(j * c.k + l)];
-      const double expected =
-          activate_exactly(sum, c.activation) + (c.residual ? residual[size_t(i * c.n + j)] : 0);
-      const float got = to_float<T>(y[at]);
-      // Curves: one rounding of the result, and float32 on the way.
-      const double slack =
-          (std::is_same_v<T, ptx::F16> ? 1.0 / 2048 : 1.0 / 256) * std::abs(expected) + 1e-6;
-      if (exact ? got != to_float<T>(to_bits<T>(float(expected)))
-                : std::abs(got - expected) > slack) {
-        fail(__FILE__, __LINE__,
-             c.describe() + ": y[" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
-                 std::to_string(got) + ", expected " + std::to_string(expected));
-      }
-    }
-  }
-  return y.values();
-}
-
-// Of a full tile: shared memory is met without bank conflicts, but for the epilogue's reads, and global memory in whole
-// sectors; W is read once.
-template <class Tile, template <class> class WeightsOf>
-void test_accesses(const sk_pattern& pattern, int format_id) {
-  Case c{Tile::kTokens, Tile::kRows, 64 * 8, 1, false};
-  c.density = 1;
-  simt::Statistics statistics;
-  run<Tile, WeightsOf>(pattern, format_id, c, &statistics);
-  for (const simt::PlaceStatistics& at : statistics.places) {
-    if (std::string(at.place.file).find("epilogue.cuh") == std::string::npos ||
-        at.op == simt::Op::kStoreShared) {
-      if (at.bank_conflicts != 0) fail(__FILE__, __LINE__, statistics.report());
-    }
-    if (at.op == simt::Op::kCpAsync || at.op == simt::Op::kStoreGlobal)
-      CHECK(at.sectors * 32 == at.global_bytes);
-  }
-  const uint64_t x = uint64_t(Tile::kTokens) * 64 * 8 * 2;
-  const uint64_t w = uint64_t(WeightsOf<Tile>::kStageBytes) * 8;
-  uint64_t copied = 0;
-  for (const simt::PlaceStatistics& at : statistics.places) {
-    if (at.op == simt::Op::kCpAsync) copied += at.global_bytes;
-  }
-  CHECK(copied == x + w);
+  x.params = [stride](int64_t token) {
+    return std::make_pair(cuda::RowParams{nullptr, stride}, token * stride);
+  };
+  return x;
 }
 
 template <class Tile, template <class> class WeightsOf>
 void test_tile(const sk_pattern& pattern, int format_id) {
   const int64_t rows = Tile::kRows, tokens = Tile::kTokens;
-  test_accesses<Tile, WeightsOf>(pattern, format_id);
-  const auto check = [&](Case c) { return run<Tile, WeightsOf>(pattern, format_id, c); };
+  const auto check = [&](const Case& c, int x_pad = 0, simt::Statistics* statistics = nullptr) {
+    const auto make_x = [&](std::mt19937& random) {
+      return make_rows<typename Tile::T>(c, x_pad, random);
+    };
+    return run<Tile, WeightsOf, cuda::RowCopier>(pattern, format_id, c, make_x, statistics);
+  };
+  Case full{tokens, rows, 64 * 8, 1, false};
+  full.density = 1;
+  simt::Statistics statistics;
+  check(full, 0, &statistics);
+  check_accesses<Tile, WeightsOf>(statistics);
   check({0, rows, 64, 2});  // no token: nothing is read or written
   // One tile of one stage and all that is smaller: the edges of n, k and m.
   for (const int64_t n : {int64_t{1}, rows - 1, rows}) {
@@ -282,11 +60,14 @@ void test_tile(const sk_pattern& pattern, int format_id) {
        {cuda::kNone, cuda::kRelu, cuda::kGelu, cuda::kGeluTanh, cuda::kSilu, cuda::kRelu6}) {
     Case c{5, rows, 64, 1, false, activation, true, true};
     check(c);
-    c.n = rows - 3, c.y_pad = 2, c.x_pad = 8;
-    check(c);
+    c.n = rows - 3, c.y_pad = 2, c.residual_first = true;
+    check(c, 8);
   }
-  Case c{5, rows, 100, 1, true, cuda::kNone, false, true};
-  check(c);
+  check({5, rows, 100, 1, true, cuda::kNone, false, true});
+  // A launch for the rest of the rows.
+  Case rest{tokens + 5, rows, 65, 2};
+  rest.cut = 3;
+  check(rest);
 }
 
 }  // namespace
@@ -296,26 +77,8 @@ int main(int argc, char** argv) {
   const auto wanted = [&](const std::string& name) {
     return only.empty() || name.find(only) != std::string::npos;
   };
-  const sk_pattern nm{SK_FAMILY_NM, 2, 4, 1, 0, 0};
-#define SK_NM_TILE(rows, tokens, wr, wt, stages, blocks, about)                              \
-  if (wanted("nm " #rows "x" #tokens)) {                                                     \
-    test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>(  \
-        nm, kNmMmaSp);                                                                       \
-    test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::NmWeights>( \
-        nm, kNmMmaSp);                                                                       \
-  }
-#define SK_BSR_TILE(rows, tokens, wr, wt, stages, blocks, about)                                \
-  for (const int columns : {16, 32, 64, 128}) {                                                 \
-    if (!wanted("bsr " #rows "x" #tokens)) continue;                                            \
-    const sk_pattern bsr{SK_FAMILY_BSR, 0, 0, 0, rows, columns};                                \
-    if (columns == 16 || columns == 128) {                                                      \
-      test_tile<cuda::Tile<ptx::F16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>(  \
-          bsr, kBsrMma);                                                                        \
-    } else {                                                                                    \
-      test_tile<cuda::Tile<ptx::BF16, rows, tokens, wr, wt, stages, blocks>, cuda::BsrWeights>( \
-          bsr, kBsrMma);                                                                        \
-    }                                                                                           \
-  }
+#define SK_NM_TILE(...) SK_TEST_NM(test_tile, __VA_ARGS__)
+#define SK_BSR_TILE(...) SK_TEST_BSR(test_tile, __VA_ARGS__)
 #include "cuda/tiles.inc"
   return 0;
 }
