@@ -42,6 +42,14 @@ void check_alignment(const char* op, const sk_matmul_args& a, const Rows& x,
              " channels, expected a multiple of ", kRowAlignment / size, "; repack");
   SK_REQUIRE(x.width < int64_t{1} << 32, op, ": an image of x takes ", x.width,
              " bytes, expected less than 2^32; cut it into parts");
+  // Kernels count lines and pixels in 32 bits, from the padding on.
+  const int64_t lines =
+      (s.out_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height;
+  const int64_t pixels =
+      (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width;
+  SK_REQUIRE(lines < int64_t{1} << 31 && pixels < int64_t{1} << 31, op,
+             ": the kernel's last position is ", lines, " lines and ", pixels,
+             " pixels from its first, expected less than 2^31; check the strides and dilations");
 }
 
 }  // namespace
@@ -51,9 +59,9 @@ void check_addresses(const char* op, const sk_matmul_args& a, const sk_conv2d_sh
   const int64_t size = dtype_size(a.dtype);
   const Rows y = make_rows(op, "y", a.y, a.m, a.y_row_stride, a.n, size);
   const Rows x = rows_of_x(op, a, conv);
-  const Rows read[] = {
-      x, make_rows(op, "residual", a.residual, a.m, a.residual_row_stride, a.n, size),
-      make_rows(op, "bias", a.bias, 1, a.n, a.n, size)};
+  const Rows read[] = {x,
+                       make_rows(op, "residual", a.residual, a.m, a.residual_row_stride, a.n, size),
+                       make_rows(op, "bias", a.bias, 1, a.n, a.n, size)};
   for (const Rows& r : read) {
     SK_REQUIRE(!r.begin || !overlap(y, r), op, ": y overlaps ", r.name, "; pass a y of its own");
   }

@@ -1,6 +1,7 @@
 // What is decided and checked about a GPU without having one: facts of GPUs are structs, so refusals
 // and choices are tested with made-up ones. Where there is a GPU, also that it takes no host memory.
 #include "core/cuda_info.h"
+#include "cuda/plan.h"
 #include "dispatch/matmul_cuda.h"
 #include "dispatch/registry.h"
 #include "support.h"
@@ -154,11 +155,29 @@ void test_tiles() {
   CHECK(chosen(blocks(8192, 32)) == bsr_mma + "32x128");
   CHECK(refusal(blocks(8, 32), bsr_mma + "64x16") == "computes blocks of 64 rows, these have 32");
 
+  const auto convolution = [&](const sk::CudaDevice& on, int64_t m, int64_t n) {
+    sk::Problem p = problem(on, sk::kNmMmaSp, nm(2, 4), m, n, 9 * n);
+    p.op = "conv2d";
+    return p;
+  };
+  const std::string conv = "conv2d_nm_mma_sp_f16_sm80_";
+  CHECK(chosen(convolution(big, 7 * 7, 512)) == conv + "64x32");
+  CHECK(chosen(convolution(big, 32 * 56 * 56, 64)) == conv + "64x128");
+  CHECK(chosen(convolution(big, 32 * 28 * 28, 512)) == conv + "256x128");
+  sk::Problem conv_blocks = blocks(8, 64);
+  conv_blocks.op = "conv2d";
+  CHECK(chosen(conv_blocks) == "conv2d_bsr_mma_f16_sm80_64x128");
+  CHECK(refusal(conv_blocks, "conv2d_bsr_mma_f16_sm80_32x128") ==
+        "computes blocks of 32 rows, these have 64");
+
   sk::CudaDevice small = gpu(89);  // GeForce and its kin
   small.shared_per_block = 99 << 10, small.shared_per_sm = 100 << 10;
   CHECK(chosen(sparse(small, 4096)) == sp + "128x128");
   CHECK(refusal(sparse(small, 4096), sp + "256x128") ==
         "needs 136 KiB of shared memory for a block, the GPU has 99");
+  CHECK(chosen(convolution(small, 32 * 28 * 28, 512)) == conv + "128x128");
+  CHECK(refusal(convolution(small, 32 * 28 * 28, 512), conv + "256x128") ==
+        "needs 138 KiB of shared memory for a block, the GPU has 99");
 
   const sk::Problem huge =
       problem(big, sk::kNmMmaSp, nm(2, 4), 1, int64_t{1} << 24, int64_t{1} << 24);
@@ -370,6 +389,130 @@ void test_arguments() {
   CHECK_OK(sk_matmul(&none_at_all, nullptr));
 }
 
+// The same for a convolution: 32 pixels of two images, 3x3 taps of 16 columns for 11 channels.
+void test_convolution_arguments() {
+  context = "convolution arguments";
+  Random random(1);
+  const int64_t n = 24, k = 9 * 16;
+  const Weight w(nm(2, 4), SK_BF16, n, k, Fill::kIntegers, random);
+  const Buffer packed = pack(compress(w.dense, w.mask, w.pattern, w.dtype), "nm");
+  Buffer weight(128 + packed.bytes()), memory(1 << 16);
+  const auto up = [](uint8_t* p) { return p + (128 - reinterpret_cast<uintptr_t>(p) % 128) % 128; };
+  uint8_t* const at = up(memory.data());
+  sk_matmul_args good{};
+  good.m = 32, good.n = n, good.k = k;
+  good.dtype = SK_BF16;
+  good.x = at + 8192;
+  good.y = at, good.y_row_stride = n;
+  good.weight = up(weight.data()), good.weight_bytes = packed.bytes();
+  good.device_type = SK_CUDA;
+  good.weight_header = packed.data();
+  sk_conv2d_shape shape{};
+  shape.batch = 2, shape.in_height = shape.in_width = 4, shape.in_channels = 11;
+  shape.x_pixel_stride = 16, shape.x_line_stride = 64, shape.x_image_stride = 256;
+  shape.kernel_height = shape.kernel_width = 3;
+  shape.stride_height = shape.stride_width = 1;
+  shape.dilation_height = shape.dilation_width = 1;
+  shape.padding_top = shape.padding_left = 1;
+  shape.out_height = shape.out_width = 4;
+  const bool none = sk::cuda_devices().empty();
+  const sk_status last = none ? SK_UNSUPPORTED : kInvalid;
+  const std::string text =
+      none ? "CUDA: " + sk::cuda_unavailable_reason() : "conv2d: expected a workspace of ";
+
+  const auto refuse = [&](auto change, const std::string& expected) {
+    sk_matmul_args args = good;
+    sk_conv2d_shape s = shape;
+    change(args, s);
+    CHECK_FAILS(sk_conv2d(&args, &s, nullptr), kInvalid, expected);
+  };
+  const auto pass = [&](auto change) {
+    sk_matmul_args args = good;
+    sk_conv2d_shape s = shape;
+    change(args, s);
+    CHECK_FAILS(sk_conv2d(&args, &s, nullptr), last, text);
+  };
+  using Args = sk_matmul_args&;
+  using Shape = sk_conv2d_shape&;
+  const std::string pixels =
+      "conv2d: expected the pixels of x on multiples of 16 bytes; copy x to an aligned buffer";
+  pass([](Args, Shape) {});
+  refuse([&](Args a, Shape) { a.x = at + 8192 + 8; }, pixels);
+  refuse([](Args, Shape s) { s.x_pixel_stride = 12; }, pixels);
+  refuse([](Args, Shape s) { s.x_line_stride = 68, s.x_image_stride = 272; }, pixels);
+  refuse([](Args, Shape s) { s.x_image_stride = 260; }, pixels);
+  pass([](Args a, Shape s) { a.m = 16, s.batch = 1, s.x_image_stride = 1; });  // no next image
+  pass([](Args, Shape s) { s.in_height = 1, s.x_line_stride = 1; });
+  pass([](Args, Shape s) { s.in_width = 1, s.x_pixel_stride = 1; });
+  refuse([&](Args a, Shape) { a.x = at + 8193; }, "conv2d: expected x aligned to 2 bytes");
+  refuse([](Args, Shape s) { s.kernel_width = 4; },
+         "conv2d: a tap has 12 channels, expected a multiple of 8; repack");
+  // 3 lines, 3 pixels and 11 channels to the image's end.
+  const auto image_of = [](Shape s, int64_t line) {
+    s.x_line_stride = line, s.x_image_stride = 4 * line;
+  };
+  const int64_t longest = ((int64_t{1} << 31) - 3 * 16 - 11) / 3 / 8 * 8;
+  pass([&](Args, Shape s) { image_of(s, longest); });
+  refuse([&](Args, Shape s) { image_of(s, longest + 8); },
+         "conv2d: an image of x takes " + std::to_string((3 * (longest + 8) + 59) * 2) +
+             " bytes, expected less than 2^32; cut it into parts");
+  pass([](Args, Shape s) { s.stride_height = 715827881, s.dilation_width = 1073741822; });
+  refuse([](Args, Shape s) { s.stride_height = 715827882; },
+         "conv2d: the kernel's last position is 2147483648 lines and 5 pixels from its first, "
+         "expected less than 2^31; check the strides and dilations");
+  refuse([](Args, Shape s) { s.dilation_width = 1073741823; },
+         "conv2d: the kernel's last position is 5 lines and 2147483649 pixels from its first");
+  // y in the second image; behind the last channel of all; just before that.
+  refuse([&](Args a, Shape) { a.y = at + 8192 + 512; },
+         "conv2d: y overlaps x; pass a y of its own");
+  pass([&](Args a, Shape) { a.y = at + 8192 + 2 * 507; });
+  refuse([&](Args a, Shape) { a.y = at + 8192 + 2 * 506; }, "conv2d: y overlaps x");
+}
+
+// Where the launches of a convolution start.
+void test_launches() {
+  context = "launches";
+  sk_conv2d_shape s{};
+  s.batch = 10, s.out_height = 3, s.out_width = 5;
+  const auto range_is = [&](int64_t token, int64_t image, int first_pixel, int64_t tokens) {
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    CHECK(range.offset == image * s.x_image_stride && range.first_pixel == first_pixel &&
+          range.tokens == tokens);
+  };
+  s.x_image_stride = 4096;
+  range_is(0, 0, 0, 150), range_is(149, 9, 14, 1);
+  s.x_image_stride = int64_t{1} << 33;  // four of them are 2^32 chunks of 8
+  range_is(0, 0, 0, 60), range_is(17, 1, 2, 58), range_is(60, 4, 0, 60), range_is(149, 9, 14, 1);
+  s.x_image_stride += 8;
+  range_is(0, 0, 0, 45);
+  s.x_image_stride = int64_t{1} << 40;
+  range_is(31, 2, 1, 14);
+  s.batch = 1, s.x_image_stride = 0;
+  range_is(7, 0, 7, 8);
+
+  // A line of stages shorter than 2^31 is cut where it falls in an image.
+  s.batch = 1000, s.x_image_stride = int64_t{1} << 28;
+  const sk::cuda::TileShape tile{128, 128, 1, 1 << 15, 1 << 17, 1024};
+  const sk::cuda::Stages stages{4096, int64_t{1} << 26, true};
+  int64_t token = 0, inside = 0;
+  while (token < 15000) {
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    const sk::cuda::Plan plan = sk::cuda::plan(tile, stages, range.tokens, gpu(80));
+    CHECK(plan.tokens > 0 && plan.tokens <= range.tokens && plan.token_tiles < 32);
+    CHECK(range.offset == token / 15 * s.x_image_stride && range.first_pixel == token % 15);
+    const int64_t last = (range.first_pixel + plan.tokens - 1) / 15;  // image, from the first on
+    CHECK((last + 1) * s.x_image_stride <= int64_t{8} << 32);
+    inside += range.first_pixel > 0;
+    token += plan.tokens;
+  }
+  CHECK(token == 15000 && inside == 0);  // 128 images are fewer tokens than a line of stages
+  s.x_image_stride = int64_t{1} << 20;
+  for (token = 0; token < 15000;
+       token += sk::cuda::plan(tile, stages, 15000 - token, gpu(80)).tokens)
+    inside += sk::cuda::pixels_from(s, token).first_pixel > 0;
+  CHECK(inside > 0);
+}
+
 void test_workspace() {
   context = "workspace";
   const sk::CudaDevice device = gpu(80);
@@ -379,11 +522,11 @@ void test_workspace() {
   sk_matmul_args args{};
   args.workspace = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
   args.workspace_bytes = bytes;
-  sk::check_workspace(args, device);
+  sk::check_workspace("matmul", args, device);
   const std::string expected = "matmul: expected a workspace of " + std::to_string(bytes) +
                                " bytes for device 0 (Fake GPU), got ";
   const auto refusal = [&] {
-    return message_of(kInvalid, [&] { sk::check_workspace(args, device); });
+    return message_of(kInvalid, [&] { sk::check_workspace("matmul", args, device); });
   };
   args.workspace_bytes = bytes - 1;
   CHECK(refusal() == expected + std::to_string(bytes - 1));
@@ -437,6 +580,8 @@ int main() {
   test_machine();
   test_explain();
   test_arguments();
+  test_convolution_arguments();
+  test_launches();
   test_workspace();
   test_host_memory();
 }
