@@ -29,6 +29,14 @@ SHARED_RESERVED = 1024
 # The longest loop of the SASS names is part of the proof; these are the instructions it must have.
 SPARSE_MMA, DENSE_MMA = "HMMA.SP.16832", "HMMA.16816"
 
+# The kernels of csrc/cuda/tiles.inc, by the start of their ids.
+FAMILIES = {
+    "matmul_nm_mma_sp": "2:4",
+    "matmul_bsr_mma": "blocks",
+    "conv2d_nm_mma_sp": "2:4, convolutions",
+    "conv2d_bsr_mma": "blocks, convolutions",
+}
+
 HEAD = """# What the compiler made of the CUDA kernels
 
 Made by `make cuda-report`, which fails where a kernel spills registers, touches local memory, lacks
@@ -43,7 +51,7 @@ a GPU.
 class Tile:
     """A line of csrc/cuda/tiles.inc."""
 
-    family: str
+    family: str  # the start of the kernel's id, as "matmul_nm_mma_sp"
     rows: int
     tokens: int
     warps: int
@@ -56,9 +64,10 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block: a ring of stages of 64 columns."""
-        weights = self.rows // 16 * 1152 if self.family == "nm_mma_sp" else self.rows * 64 * 2
-        return self.stages * (weights + self.tokens * 64 * 2)
+        """Bytes of shared memory of a block: a ring of stages of 64 columns, and 16 a pixel."""
+        weights = self.rows * 64 * 2 if self.family.endswith("bsr_mma") else self.rows // 16 * 1152
+        windows = self.tokens * 16 if self.family.startswith("conv2d") else 0
+        return self.stages * (weights + self.tokens * 64 * 2) + windows
 
     def blocks_of_sm(self, architecture: str, registers: int) -> int:
         """Blocks that fit an SM at once; registers are given out in units of 256 a warp."""
@@ -78,24 +87,34 @@ class Code:
 
 
 def tiles() -> dict[str, Tile]:
-    """The tiles by the name of their kernels without dtype: "nm_mma_sp 256x128"."""
+    """The tiles by the name of their kernels without dtype: "matmul_nm_mma_sp 256x128"."""
     text = (ROOT / "csrc/cuda/tiles.inc").read_text()
     found = {}
-    for kind, numbers in re.findall(r"^SK_(NM|BSR)_TILE\(([\d, ]+),", text, re.MULTILINE):
+    for conv, kind, numbers in re.findall(
+        r"^SK_(CONV_)?(NM|BSR)_TILE\(([\d, ]+),", text, re.MULTILINE
+    ):
         rows, tokens, along_rows, along_tokens, stages, blocks = map(int, numbers.split(","))
-        family = "nm_mma_sp" if kind == "NM" else "bsr_mma"
+        family = family_of("conv2d" if conv else "matmul", kind)
         tile = Tile(family, rows, tokens, along_rows * along_tokens, stages, blocks)
         found[f"{family} {rows}x{tokens}"] = tile
     return found
 
 
+def family_of(op: str, kind: str) -> str:
+    return f"{op}_{'nm_mma_sp' if kind.lower() == 'nm' else 'bsr_mma'}"
+
+
 def kernel_name(mangled: str) -> str:
-    """Of an instance of matmul_mma "nm_mma_sp f16 256x128"; other functions stay as they are."""
-    match = re.search(r"matmul_mma.*?ptx\d+(B?F16)ELi(\d+)ELi(\d+)E.*?(Nm|Bsr)Weights", mangled)
+    """An instance of matmul_mma is "matmul_nm_mma_sp f16 256x128"; other names stay."""
+    match = re.search(
+        r"matmul_mma.*?ptx\d+(B?F16)ELi(\d+)ELi(\d+)E.*?(Nm|Bsr)Weights.*?(Row|Pixel)Copier",
+        mangled,
+    )
     if not match:
         return mangled
-    dtype, rows, tokens, kind = match.groups()
-    return f"{'nm_mma_sp' if kind == 'Nm' else 'bsr_mma'} {dtype.lower()} {rows}x{tokens}"
+    dtype, rows, tokens, kind, copier = match.groups()
+    family = family_of("conv2d" if copier == "Pixel" else "matmul", kind)
+    return f"{family} {dtype.lower()} {rows}x{tokens}"
 
 
 def find_tool(name: str) -> str:
@@ -155,7 +174,7 @@ def faults(name: str, architecture: str, code: Code) -> list[str]:
     """What a kernel's code should not be."""
     count = code.instructions
     known = " " in name
-    wanted = SPARSE_MMA if name.startswith("nm") else DENSE_MMA
+    wanted = DENSE_MMA if "bsr_mma" in name else SPARSE_MMA
     found = []
     if code.stack or code.local:
         found.append(f"{code.stack} bytes of stack and {code.local} of local memory")
@@ -177,8 +196,8 @@ def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str
     )
     head = ["tile", "threads", "stages", "shared memory", *(f"sm_{a}" for a in architectures)]
     lines = []
-    for family, title in (("nm_mma_sp", "2:4"), ("bsr_mma", "blocks")):
-        lines += [f"## {title}: `matmul_{family}_<dtype>_sm80_<tile>`", ""]
+    for family, title in FAMILIES.items():
+        lines += [f"## {title}: `{family}_<dtype>_sm80_<tile>`", ""]
         lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
         for name, tile in all_tiles.items():
             if tile.family != family:

@@ -8,7 +8,9 @@ from bench.cuda_report import Code, Tile, faults, kernel_name, table, tiles
 
 def test_tiles_are_those_of_the_registry() -> None:
     names = {
-        f"{kernel.format} {kernel.variant}" for kernel in sk.kernels() if kernel.arch == "sm80"
+        f"{kernel.op}_{kernel.format} {kernel.variant}"
+        for kernel in sk.kernels()
+        if kernel.arch == "sm80"
     }
     if not names:
         pytest.skip("this build has no CUDA kernels")
@@ -16,22 +18,27 @@ def test_tiles_are_those_of_the_registry() -> None:
 
 
 def test_shared_memory_and_occupancy() -> None:
-    tile = tiles()["nm_mma_sp 128x128"]
+    tile = tiles()["matmul_nm_mma_sp 128x128"]
     assert tile.shared == 3 * (8 * 1152 + 128 * 128)
     assert tile.threads == 128
     assert tile.blocks_of_sm("80", 254) == 2  # registers and shared memory allow no more
     assert tile.blocks_of_sm("120", 254) == 1  # 100 KiB of shared memory
     assert tile.blocks_of_sm("90a", 128) == 3  # shared memory alone
-    assert Tile("bsr_mma", 64, 256, 4, 4, 1).shared == 4 * (64 * 128 + 256 * 128)
+    assert Tile("matmul_bsr_mma", 64, 256, 4, 4, 1).shared == 4 * (64 * 128 + 256 * 128)
+    # A convolution keeps a window for each pixel.
+    assert tiles()["conv2d_nm_mma_sp 128x128"].shared == tile.shared + 128 * 16
 
 
 def test_names() -> None:
     mangled = (
-        "_ZN2sk4cuda10matmul_mmaINS0_4TileINS_3ptx{}ELi64ELi16ELi4ELi1ELi8ELi4EEENS0_9{}EEEv"
-        "NS0_12MatmulParamsE"
+        "_ZN2sk4cuda10matmul_mmaINS0_4TileINS_3ptx{}ELi64ELi16ELi4ELi1ELi8ELi4EEENS0_{}ENS0_{}EEEv"
+        "NS0_12MatmulParamsENT1_IT_E6ParamsE"
     )
-    assert kernel_name(mangled.format("3F16", "NmWeights")) == "nm_mma_sp f16 64x16"
-    assert kernel_name(mangled.format("4BF16", "BsrWeights")) == "bsr_mma bf16 64x16"
+    for kind, format in (("9NmWeights", "nm_mma_sp"), ("10BsrWeights", "bsr_mma")):
+        matmul = mangled.format("3F16", kind, "9RowCopier")
+        assert kernel_name(matmul) == f"matmul_{format} f16 64x16"
+        conv2d = mangled.format("4BF16", kind, "11PixelCopier")
+        assert kernel_name(conv2d) == f"conv2d_{format} bf16 64x16"
     assert kernel_name("_ZN2sk14sp_pack_kernel") == "_ZN2sk14sp_pack_kernel"
 
 
@@ -40,13 +47,13 @@ def good(mma: str) -> Code:
 
 
 def test_faults() -> None:
-    assert faults("nm_mma_sp f16 64x8", "80", good("HMMA.SP.16832.F32")) == []
-    assert faults("bsr_mma f16 64x16", "80", good("HMMA.16816.F32")) == []
+    assert faults("matmul_nm_mma_sp f16 64x8", "80", good("HMMA.SP.16832.F32")) == []
+    assert faults("conv2d_bsr_mma f16 64x16", "80", good("HMMA.16816.F32")) == []
     assert faults("_ZN2sk14sp_pack_kernel", "80", Code(40)) == []
-    dense = faults("nm_mma_sp f16 64x8", "80", good("HMMA.16816.F32"))
-    assert dense == ["nm_mma_sp f16 64x8 for sm_80: no HMMA.SP.16832"]
+    dense = faults("matmul_nm_mma_sp f16 64x8", "80", good("HMMA.16816.F32"))
+    assert dense == ["matmul_nm_mma_sp f16 64x8 for sm_80: no HMMA.SP.16832"]
     bad = Code(255, 16, 8, {"HMMA.16816.F32": 1, "LDL": 2, "STL.64": 1, "LDS.64": 1})
-    text = "\n".join(faults("bsr_mma f16 64x16", "90a", bad))
+    text = "\n".join(faults("conv2d_bsr_mma f16 64x16", "90a", bad))
     for fault in ("16 bytes of stack and 8 of", "3 loads and stores of local", "no asynchronous"):
         assert fault in text
     assert "no loads of 16 bytes" in text

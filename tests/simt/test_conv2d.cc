@@ -31,7 +31,7 @@ struct Geometry {
   }
 };
 
-// The images, with NaN beside the channels, and the matrix that they stand for.
+// The images, and the matrix that they stand for. What no window sees is NaN.
 template <class T>
 X<cuda::PixelParams> make_images(const Case& c, const sk_conv2d_shape& s, std::mt19937& random) {
   X<cuda::PixelParams> x;
@@ -47,7 +47,6 @@ X<cuda::PixelParams> make_images(const Case& c, const sk_conv2d_shape& s, std::m
         for (int64_t channel = 0; channel < s.in_channels; ++channel) {
           const size_t i = at(image, line, place, channel);
           numbers[i] = c.number(random);
-          x.memory[i] = to_bits<T>(numbers[i]);
         }
       }
     }
@@ -63,9 +62,11 @@ X<cuda::PixelParams> make_images(const Case& c, const sk_conv2d_shape& s, std::m
             const int64_t line = p * s.stride_height - s.padding_top + r * s.dilation_height;
             const int64_t place = q * s.stride_width - s.padding_left + t * s.dilation_width;
             if (line < 0 || line >= s.in_height || place < 0 || place >= s.in_width) continue;
-            for (int64_t channel = 0; channel < s.in_channels; ++channel)
-              x.dense[row + size_t((r * s.kernel_width + t) * tap + channel)] =
-                  numbers[at(image, line, place, channel)];
+            for (int64_t channel = 0; channel < s.in_channels; ++channel) {
+              const size_t i = at(image, line, place, channel);
+              x.memory[i] = to_bits<T>(numbers[i]);
+              x.dense[row + size_t((r * s.kernel_width + t) * tap + channel)] = numbers[i];
+            }
           }
         }
       }
@@ -123,6 +124,10 @@ void test_tile(const sk_pattern& pattern, int format_id) {
   check({1, 19, 1, 8, 8, 3, 1, 1, 1, 1, 1, 1, 0, 1, 0}, blocks(9, 1));
   // Windows without a pixel of the image.
   check({2, 3, 2, 8, 8, 2, 2, 1, 1, 1, 1, 4, 3, 2, 4}, blocks(9, 1));
+  // Lines that no window reaches, though columns past k would.
+  Geometry unseen{1, 3, 9, 8, 8, 1, 3};
+  unseen.bottom = -2;
+  check(unseen, blocks(9, 1));
   // Images of one output pixel, a tile of many of them; more than a tile of them.
   check({tokens + 3, 3, 3, 8, 8, 3, 3}, blocks(rows, 2));
   // Stages inside a tap; tiles in parts, with the same bits whoever comes last.
