@@ -35,9 +35,9 @@ struct Fma {  // in f32, whatever the element type
   static typename S::V mac(Weight w, const float* x, typename S::V sum) {
     return S::fma(w, S::load(x), sum);
   }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                   float* panel) {
-    pack_tokens<S, T>(call, token0, vectors, columns, panel);
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                   int64_t column1, float* panel) {
+    pack_tokens<S, T>(call, token0, vectors, column0, column1, panel);
   }
 };
 
@@ -132,8 +132,9 @@ class BsrTileKernel {
             bsr_block_columns(h_)};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    Op::pack(call, token0, vectors, shape().columns, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    Op::pack(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x,
@@ -263,8 +264,9 @@ class BsrNarrowKernel {
             segment_blocks_ * cols};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    Op::pack(call, token0, vectors, shape().columns, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    Op::pack(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t, const float* x, int vectors,

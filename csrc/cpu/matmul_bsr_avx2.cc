@@ -3,13 +3,12 @@
 
 namespace sk {
 
-extern const KernelFunctions matmul_bsr_rows_f32_avx2, matmul_bsr_rows_bf16_avx2,
-    matmul_bsr_rows_f32_avx2_decode, matmul_bsr_rows_bf16_avx2_decode;
+extern const KernelFunctions matmul_bsr_rows_f32_avx2_decode, matmul_bsr_rows_bf16_avx2_decode;
 
-const KernelFunctions matmul_bsr_rows_f32_avx2{any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<Avx2, float>,
-                                               "tokens in lanes"};
-const KernelFunctions matmul_bsr_rows_bf16_avx2{any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<Avx2, bf16>,
-                                                "tokens in lanes, computed in f32"};
+SK_MATMUL_AND_CONV2D(bsr_rows_f32_avx2, any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<Avx2, float>,
+                     "tokens in lanes")
+SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx2, any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<Avx2, bf16>,
+                     "tokens in lanes, computed in f32")
 const KernelFunctions matmul_bsr_rows_f32_avx2_decode{few_tokens_panels, decode_cost_us<Avx2>,
                                                       run_bsr_decode<Avx2, float>,
                                                       "few tokens: rows in lanes"};

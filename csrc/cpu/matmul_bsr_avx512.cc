@@ -3,13 +3,12 @@
 
 namespace sk {
 
-extern const KernelFunctions matmul_bsr_rows_f32_avx512, matmul_bsr_rows_bf16_avx512,
-    matmul_bsr_rows_f32_avx512_decode, matmul_bsr_rows_bf16_avx512_decode;
+extern const KernelFunctions matmul_bsr_rows_f32_avx512_decode, matmul_bsr_rows_bf16_avx512_decode;
 
-const KernelFunctions matmul_bsr_rows_f32_avx512{any_bsr, bsr_cost_us<Avx512>,
-                                                 run_bsr_fma<Avx512, float>, "tokens in lanes"};
-const KernelFunctions matmul_bsr_rows_bf16_avx512{
-    any_bsr, bsr_cost_us<Avx512>, run_bsr_fma<Avx512, bf16>, "tokens in lanes, computed in f32"};
+SK_MATMUL_AND_CONV2D(bsr_rows_f32_avx512, any_bsr, bsr_cost_us<Avx512>, run_bsr_fma<Avx512, float>,
+                     "tokens in lanes")
+SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx512, any_bsr, bsr_cost_us<Avx512>, run_bsr_fma<Avx512, bf16>,
+                     "tokens in lanes, computed in f32")
 const KernelFunctions matmul_bsr_rows_f32_avx512_decode{few_tokens_panels, decode_cost_us<Avx512>,
                                                         run_bsr_decode<Avx512, float>,
                                                         "few tokens: rows in lanes"};

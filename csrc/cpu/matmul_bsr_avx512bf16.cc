@@ -15,14 +15,15 @@ struct DotBf16 {
     return broadcast_word(values + (step * panel_rows + row) * 2);
   }
   static __m512 mac(__m512i w, const float* x, __m512 sum) { return dot_bf16(w, x, sum); }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                   float* panel) {
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                   int64_t column1, float* panel) {
     const int64_t width = 16 * int64_t(vectors);
-    for_token_words(call, token0, vectors, columns, [&](int64_t pair, int i, __m512i a, __m512i b) {
-      float* to = panel + pair * width + int64_t(i) * 16;
-      _mm512_storeu_si512(to, a);
-      if (2 * pair + 2 < columns) _mm512_storeu_si512(to + width, b);
-    });
+    for_token_words(call, token0, vectors, column0, column1,
+                    [&](int64_t pair, int i, __m512i a, __m512i b) {
+                      float* to = panel + pair * width + int64_t(i) * 16;
+                      _mm512_storeu_si512(to, a);
+                      if (2 * pair + 2 < column1 - column0) _mm512_storeu_si512(to + width, b);
+                    });
   }
 };
 
@@ -36,8 +37,7 @@ double cost_us(const Problem& p) { return bsr_cost_us<Avx512>(p) * 0.55; }
 
 }  // namespace
 
-extern const KernelFunctions matmul_bsr_rows_bf16_avx512bf16;
-const KernelFunctions matmul_bsr_rows_bf16_avx512bf16{even_columns, cost_us, run_bsr<DotBf16>,
-                                                      "tokens in lanes, dot products of pairs"};
+SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx512bf16, even_columns, cost_us, run_bsr<DotBf16>,
+                     "tokens in lanes, dot products of pairs")
 
 }  // namespace sk

@@ -116,8 +116,9 @@ class NmTileKernel {
             r_.groups * h_.pattern.group, 2,         kNmBlockColumns};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, T>(call, token0, vectors, r_.groups * h_.pattern.group, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, T>(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,

@@ -71,11 +71,12 @@ class NmDotKernel {
             r_.groups * 4, kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
     const int64_t width = 16 * int64_t(vectors);
     const __m512i low = _mm512_set1_epi32(0xffff), high = _mm512_set1_epi32(int(0xffff0000u));
     for_token_words(
-        call, token0, vectors, r_.groups * 4, [&](int64_t pair, int i, __m512i a, __m512i b) {
+        call, token0, vectors, column0, column1, [&](int64_t pair, int i, __m512i a, __m512i b) {
           float* to = panel + pair / 2 * kPairs * width + int64_t(i) * 16;
           const __m512i a_low = _mm512_and_si512(a, low), a_high = _mm512_srli_epi32(a, 16);
           const __m512i b_low = _mm512_slli_epi32(b, 16), b_high = _mm512_and_si512(b, high);
@@ -177,9 +178,8 @@ double dot_lanes_cost_us(const Problem& p) { return lanes_cost_us<Avx512>(p, 7.8
 
 }  // namespace
 
-extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16;
-const KernelFunctions matmul_nm_rows16_bf16_avx512bf16{only_2_of_4, cost_us, run,
-                                                       "tokens in lanes, dot products of pairs"};
+SK_MATMUL_AND_CONV2D(nm_rows16_bf16_avx512bf16, only_2_of_4, cost_us, run,
+                     "tokens in lanes, dot products of pairs")
 extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes;
 const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes{
     only_2_of_4, dot_lanes_cost_us, run_nm_lanes<DotLanes>,

@@ -70,8 +70,9 @@ class NmPairsKernel {
     return {nm_max_vectors<S>(1), r_.panels, kRows16, r_.groups * 4, 2, kPairColumns};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, float>(call, token0, vectors, r_.groups * 4, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,

@@ -94,8 +94,9 @@ class NmQuadsKernel {
     return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, float>(call, token0, vectors, r_.groups * 4, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
