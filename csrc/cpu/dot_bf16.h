@@ -26,7 +26,7 @@ void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_
     const int64_t columns = segment.end - segment.begin;
     for (int i = 0; i < vectors; ++i) {
       const bf16* rows[16];
-      row_addresses(call, token0 + 16 * int64_t(i), segment, rows);
+      row_addresses(call, token0 + 16 * int64_t(i), segment, 16, rows);
       for (int64_t c = 0; c < columns; c += 32) {
         const int64_t loaded = std::clamp<int64_t>(segment.filled - segment.begin - c, 0, 32);
         const __mmask32 mask = loaded == 32 ? ~__mmask32(0) : (__mmask32(1) << loaded) - 1;

@@ -50,7 +50,7 @@ void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_
   for_segments(call, column0, column1, [&](const Segment& segment) {
     for (int i = 0; i < vectors; ++i) {
       const bf16* rows[L];
-      row_addresses(call, token0 + int64_t(i) * L, segment, rows);
+      row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
       for (int64_t c = 0; c < segment.end - segment.begin; c += 2 * L) {
         const int64_t loaded = std::clamp<int64_t>(segment.filled - segment.begin - c, 0, 2 * L);
         float32x4_t v[L];

@@ -1,4 +1,4 @@
-#include "cpu/matmul_bsr.h"
+#include "cpu/matmul_bsr_lanes.h"
 #include "cpu/simd_avx2.h"
 
 namespace sk {
@@ -15,5 +15,8 @@ const KernelFunctions matmul_bsr_rows_f32_avx2_decode{few_tokens_panels, decode_
 const KernelFunctions matmul_bsr_rows_bf16_avx2_decode{few_tokens_panels, decode_cost_us<Avx2>,
                                                        run_bsr_decode<Avx2, bf16>,
                                                        "few tokens: rows in lanes"};
+
+SK_MATMUL_AND_CONV2D(bsr_rows_f32_avx2_lanes, panels_of_16, bsr_lanes_cost_us<Avx2>,
+                     BsrLanes<FmaColumns<Avx2>>::run, "rows in lanes")
 
 }  // namespace sk

@@ -1,6 +1,6 @@
 // Block-sparse bf16 with `vdpbf16ps`: a step is a pair of neighbouring columns.
 #include "cpu/dot_bf16.h"
-#include "cpu/matmul_bsr.h"
+#include "cpu/matmul_bsr_lanes.h"
 
 namespace sk {
 namespace {
@@ -27,17 +27,39 @@ struct DotBf16 {
   }
 };
 
+// The same with rows in the lanes: the word of a pair of columns is broadcast from x itself.
+struct DotColumns {
+  using Isa = Avx512;
+  using Element = bf16;
+  using Weight = __m512i;
+  static constexpr int kColumns = 2;
+  static constexpr int kTerms = 256;  // the result is rounded to bf16: longer sums will do
+  static __m512i weight(const bf16* values, int) { return _mm512_loadu_si512(values); }
+  static __m512 mac(__m512i w, const bf16* x, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)broadcast_word(x));
+  }
+};
+
 std::string even_columns(const Problem& p) {
   return p.pattern.block_cols % 2 == 0
              ? ""
              : concat("needs an even number of block columns, there are ", p.pattern.block_cols);
 }
 
+std::string panels_of_16_pairs(const Problem& p) {
+  const std::string refusal = panels_of_16(p);
+  return refusal.empty() ? even_columns(p) : refusal;
+}
+
+double lanes_us(const Problem& p) { return bsr_lanes_cost_us<Avx512>(p) * 0.55; }
 double cost_us(const Problem& p) { return bsr_cost_us<Avx512>(p) * 0.55; }
 
 }  // namespace
 
 SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx512bf16, even_columns, cost_us, run_bsr<DotBf16>,
                      "tokens in lanes, dot products of pairs")
+
+SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx512bf16_lanes, panels_of_16_pairs, lanes_us,
+                     BsrLanes<DotColumns>::run, "rows in lanes, dot products of pairs")
 
 }  // namespace sk

@@ -1,8 +1,8 @@
 // 2:4 in bf16 with `vdpbf16ps`: the dot product of the two weights a row kept and their activations,
 // which group_pairs.h lays side by side.
+#include "cpu/conv2d_nm_lanes.h"
 #include "cpu/dot_bf16.h"
 #include "cpu/group_pairs.h"
-#include "cpu/matmul_nm_lanes.h"
 
 namespace sk {
 namespace {
@@ -184,5 +184,9 @@ extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes;
 const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes{
     only_2_of_4, dot_lanes_cost_us, run_nm_lanes<DotLanes>,
     "rows in lanes, a shuffle for each dot product"};
+
+extern const KernelFunctions conv2d_nm_rows16_bf16_avx512bf16_lanes;
+const KernelFunctions conv2d_nm_rows16_bf16_avx512bf16_lanes{
+    only_2_of_4, dot_lanes_cost_us, NmPixels<DotLanes>::run, "rows in lanes"};
 
 }  // namespace sk

@@ -31,14 +31,14 @@ void for_segments(const MatmulCall& call, int64_t column0, int64_t column1, F f)
   }
 }
 
-// The address of column `segment.begin` in each of kCount rows from `first` on; null where the row is
+// The address of column `segment.begin` in each of `most` rows from `first` on; null where the row is
 // zero: past m, or outside the image.
-template <class T, int kCount>
-void row_addresses(const MatmulCall& call, int64_t first, const Segment& segment,
-                   const T* (&rows)[kCount]) {
+template <class T>
+void row_addresses(const MatmulCall& call, int64_t first, const Segment& segment, int most,
+                   const T** rows) {
   const T* x = static_cast<const T*>(call.x);
-  const int count = int(std::clamp<int64_t>(call.m - first, 0, kCount));
-  std::fill(rows + count, rows + kCount, nullptr);
+  const int count = int(std::clamp<int64_t>(call.m - first, 0, most));
+  std::fill(rows + count, rows + most, nullptr);
   if (!call.conv) {
     for (int t = 0; t < count; ++t) rows[t] = x + (first + t) * call.x_row_stride + segment.begin;
     return;

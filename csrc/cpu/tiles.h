@@ -79,7 +79,7 @@ void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t co
   for_segments(call, column0, column1, [&](const Segment& segment) {
     for (int i = 0; i < vectors; ++i) {
       const T* rows[L];
-      row_addresses(call, token0 + int64_t(i) * L, segment, rows);
+      row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
       float* to = panel + (segment.begin - column0) * width + int64_t(i) * L;
       for (int64_t c = 0; c < segment.end - segment.begin; c += L) {
         const int loaded = int(std::clamp<int64_t>(segment.filled - segment.begin - c, 0, L));

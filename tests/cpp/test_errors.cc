@@ -492,7 +492,8 @@ void test_matmul() {
   refuse([](Args a) { a.m = int64_t{1} << 31; }, kInvalid,
          "matmul: expected m from 0 to 2^31 - 1, got 2147483648");
   refuse([](Args a) { a.activation = -1; }, kInvalid, "matmul: unknown activation -1");
-  refuse([](Args a) { a.activation = 5; }, kInvalid, "matmul: unknown activation 5");
+  refuse([](Args a) { a.activation = 6; }, kInvalid, "matmul: unknown activation 6");
+  refuse([](Args a) { a.residual_order = 2; }, kInvalid, "matmul: unknown residual_order 2");
   refuse([](Args a) { a.x = nullptr; }, kInvalid, "matmul: x or y is NULL");
   refuse([](Args a) { a.y = nullptr; }, kInvalid, "matmul: x or y is NULL");
   refuse([](Args a) { a.x_row_stride = 10; }, kInvalid,
