@@ -33,6 +33,7 @@ from bench.shapes import Shape
 from bench.timing import HOPELESS, Rivals, contenders, rounds_within, scout, timed_call
 from sparsekit import _native, gate
 from sparsekit.demo.report import rich_table
+from sparsekit.workload import LinearWorkload
 
 SIZES = (
     (384, 384),
@@ -236,11 +237,13 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
         speedup = rivals.speedup("ours", fastest)
         verdict = None
         if speedup < LOSS:
-            verdict = gate.measure(prepared.layer.packed, case.m, prepared.layer.bias)
+            verdict = gate.measure(
+                LinearWorkload(prepared.layer.packed, case.m, prepared.layer.bias)
+            )
     rate = share = None
     if job.regime.streaming:
         packed = prepared.layer.packed
-        streamed = streamed_bytes(packed.pattern, *packed.shape, packed.dtype)
+        streamed = streamed_bytes(packed.pattern, *packed.matrix_shape, packed.dtype)
         rate = streamed / medians["ours"] / 1e9
         share = rivals.speedup("ours", _READ) * streamed / _buffer().nbytes
     return Result(
