@@ -64,15 +64,22 @@ class NmPairsKernel {
       : r_(nm_rows16(*weight.header)),
         blocks_(ceil_div(weight.header->k, kPairColumns)),
         lists_(weight.section<uint8_t>(weight.header->order_offset)),
-        values_(weight.values<float>()) {}
+        values_(weight.values<float>()),
+        extra_(weight, r_) {}
 
   TileShape shape() const {
-    return {nm_max_vectors<S>(1), r_.panels, kRows16, r_.groups * 4, 2, kPairColumns};
+    return {nm_max_vectors<S>(1),    r_.panels, kRows16, r_.groups * 4, 2, kPairColumns,
+            NmExtra<S, float>::kMost};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
             float* panel) const {
     pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
+  }
+
+  void compute_extra(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1,
+                     const float* x, int tokens, float* acc) const {
+    extra_.compute(panel0, panel1, column0 / 4, (column1 - column0) / 4, x, tokens, acc);
   }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
@@ -106,6 +113,7 @@ class NmPairsKernel {
   int64_t blocks_;
   const uint8_t* lists_;
   const float* values_;
+  NmExtra<S, float> extra_;
 };
 
 template <class S>
