@@ -20,14 +20,15 @@ from sparsekit.patterns import NM, BlockSparse, PatternLike, parse_pattern
 from sparsekit.prune.layers import PRUNABLE, groups_of
 from sparsekit.prune.swaps import Search
 
-_BATCH_OR_INSTANCE_NORMS = (
+_NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
+    nn.GroupNorm,
+    nn.LayerNorm,
 )
-_NORMS = (*_BATCH_OR_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 
 
 @torch.no_grad()
@@ -94,7 +95,9 @@ def find_permutation(
 
 @torch.no_grad()
 def permute_channels(
-    producers: Sequence[nn.Module], consumers: Sequence[nn.Module], permutation: Tensor
+    producers: Sequence[nn.Module],
+    consumers: Sequence[nn.Module],
+    permutation: Tensor | Sequence[int],
 ) -> None:
     """Reorder the channels between layers in place; the network computes what it did.
 
@@ -106,9 +109,9 @@ def permute_channels(
         producers: what makes the channels and what normalises them in between: `nn.Linear`,
             `nn.Conv1d`, `nn.Conv2d` (their output channels; a depthwise one has its input channels
             follow), batch and instance norms, `nn.LayerNorm` over the channels alone,
-            `nn.GroupNorm` of one group.
+            `nn.GroupNorm` of one group (or of one channel a group).
         consumers: what reads them: `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`; their input channels.
-        permutation: of `find_permutation`.
+        permutation: as `find_permutation` returns it.
 
     Raises:
         ValueError: a module that does not have these channels, cannot be permuted (other grouped
@@ -120,7 +123,8 @@ def permute_channels(
             f"permute_channels: {missing} is empty; name every layer that "
             + ("reads the channels" if producers else "makes the channels")
         )
-    order = _order(permutation, len(permutation), "permute_channels")
+    permutation = torch.as_tensor(permutation)
+    order = _order(permutation, permutation.numel(), "permute_channels")
     # Keyed, so that a tensor two modules share is permuted once.
     steps: dict[tuple[Tensor, int], None] = {}
     for index, module in enumerate(producers):
@@ -137,7 +141,7 @@ def permute_channels(
 def _outputs(module: nn.Module, name: str, channels: int) -> Iterator[tuple[Tensor, int]]:
     """The tensors of a producer that have an entry for each channel."""
     kind = type(module).__name__
-    if isinstance(module, nn.GroupNorm) and module.num_groups != 1:
+    if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
         raise ValueError(
             f"permute_channels: {name} is a GroupNorm of {module.num_groups} groups, whose "
             "statistics would mix other channels; leave these channels in their order"
@@ -153,24 +157,17 @@ def _outputs(module: nn.Module, name: str, channels: int) -> Iterator[tuple[Tens
             f"permute_channels: {name} is a {kind}; expected nn.Linear, nn.Conv1d, nn.Conv2d or a "
             "normalisation"
         )
-    if isinstance(module, nn.LayerNorm):
-        have = module.normalized_shape
-        fits = have == (channels,)
-    else:
-        size = next(
-            getattr(module, size)
-            for size in ("out_features", "out_channels", "num_features", "num_channels")
-            if hasattr(module, size)
-        )
-        have, fits = size, size == channels
-    if not fits:
-        raise ValueError(
-            f"permute_channels: {name} ({kind}) puts out {have} channels, the permutation has "
-            f"{channels}"
-        )
     for key in ("weight", "bias", "running_mean", "running_var"):
-        if getattr(module, key, None) is not None:
-            yield _own(module, key, name), 0
+        if getattr(module, key, None) is None:
+            continue
+        tensor = _own(module, key, name)
+        # A LayerNorm over more than the channels has no entry for each of them.
+        if len(tensor) != channels or (tensor.dim() > 1 and isinstance(module, _NORMS)):
+            raise ValueError(
+                f"permute_channels: the {key} of {name} ({kind}) has shape {list(tensor.shape)}, "
+                f"the permutation has {channels} channels; name modules that put these out"
+            )
+        yield tensor, 0
 
 
 def _input(module: nn.Module, name: str, channels: int) -> tuple[Tensor, int]:
