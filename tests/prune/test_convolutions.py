@@ -287,47 +287,44 @@ def test_images_without_pixels_are_refused_by_name():
 
 
 class Branches(nn.Module):
-    """Four readers of one input: two of the same patches."""
+    """Sums up what its layers make of one input, cut to a size that all have."""
 
-    def __init__(self):
+    def __init__(self, *layers):
         super().__init__()
-        self.a, self.b = (nn.Conv2d(8, 8, 3, stride=2, padding=1) for _ in range(2))
-        self.c = nn.Conv2d(8, 8, 1, stride=2)
-        self.d = nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="reflect")
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x):
-        return self.a(x) + self.b(x) + self.c(x) + self.d(x)
+        return sum(layer(x)[..., :2, :2] for layer in self.layers)
 
 
 def test_layers_that_read_the_same_patches_share_statistics():
-    model = Branches()
-    layers = [Layer(name, [module]) for name, module in model.named_children()]
+    usual = {"kernel_size": 3, "stride": 2, "padding": 1}
+    other = [
+        {"kernel_size": 1},
+        {"stride": 1},
+        {"padding": 0},
+        {"padding": "valid", "stride": 1},
+        {"dilation": 2},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+    ]
+    settings = [usual, *(usual | change for change in other), usual | {"bias": False}]
+    model = Branches(*(nn.Conv2d(8, 8, **setting) for setting in settings))
+    layers = [Layer(str(i), [layer]) for i, layer in enumerate(model.layers)]
     with Calibration(model, read_batches(images(channels=8)), layers) as run:
-        assert [[layer.name for layer in g.layers] for g in run.groups] == [
-            ["a", "b"],
-            ["c"],
-            ["d"],
-        ]
+        names = [[layer.name for layer in group.layers] for group in run.groups]
+    assert names == [["0", "8"], *([str(i)] for i in range(1, 8))]
 
 
 def test_shared_statistics_serve_patterns_of_different_tiles():
     torch.manual_seed(0)
-    model = Branches()
-    alone = copy.deepcopy(model.b)
-    batches = [torch.cat([x, x], 1)[:, :18] for x in images(channels=10)]
-    model.a, model.b = (nn.Conv2d(18, 8, 3) for _ in range(2))
-    model.forward = lambda x: model.a(x) + model.b(x)
-    alone = copy.deepcopy(model.b)
-    report = prune(
-        model,
-        {"a": "4:8", "b": "bsr4x4@0.5"},
-        "wanda",
-        batches,
-        targets=["a", "b"],
-        progress=False,
-    )
+    model = Branches(*(nn.Conv2d(18, 8, 3) for _ in range(2)))
+    alone = copy.deepcopy(model.layers[1])
+    batches = images(channels=18)
+    patterns = {"*.0": "4:8", "*.1": "bsr4x4@0.5"}
+    report = prune(model, patterns, "wanda", batches, progress=False)
     expected = prune(alone, "bsr4x4@0.5", "wanda", batches, progress=False)
-    assert torch.equal(report.masks["b"], expected.masks[""])
+    assert torch.equal(report.masks["layers.1"], expected.masks[""])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "resnext26ts"])
