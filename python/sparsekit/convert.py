@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sparsekit import _native
 from sparsekit.dispatch import table
 from sparsekit.examples import run_examples
-from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, kernel_for
+from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache
 from sparsekit.nn import FusedActivation, SparseLinear, fusion
 from sparsekit.pack import DTYPES, PackedWeight, checked_weight
 from sparsekit.patterns import (
@@ -28,6 +28,7 @@ from sparsekit.patterns import (
     resolve_pattern,
     select_modules,
 )
+from sparsekit.workload import LinearWorkload, kernel_for
 
 Gate = Literal["measure", "always"]
 
@@ -387,7 +388,7 @@ def _judge(
     if not seen:
         return _Judgement(kernel, None, None, None, True, "it ran on empty inputs only")
     bias = None if bias is None else bias.detach()
-    timed = {m: verdicts.judge(packed, m, bias, activation) for m in seen}
+    timed = {m: verdicts.judge(LinearWorkload(packed, m, bias, activation)) for m in seen}
     dense_ms = sum(timed[m].dense_ms * count for m, count in seen.items())
     sparse_ms = sum(timed[m].sparse_ms * count for m, count in seen.items())
     # Where there is one shape, the paired ratio is steadier than the ratio of two medians.
