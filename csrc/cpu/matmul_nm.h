@@ -104,6 +104,8 @@ constexpr int nm_rows_at_once(int share, int vectors) {
 template <class S, class T>
 class NmTileKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, T>>;
+
   explicit NmTileKernel(const PackedWeight& weight)
       : h_(*weight.header),
         r_(nm_rows16(h_)),
@@ -115,9 +117,9 @@ class NmTileKernel {
 
   TileShape shape() const {
     const bool lanes = h_.pattern.kept == 2 && h_.pattern.group == 4;
-    return {nm_max_vectors<S>(share()),      r_.panels, kRows16,
-            r_.groups * h_.pattern.group,    2,         kNmBlockColumns,
-            lanes ? NmExtra<S, T>::kMost : 0};
+    return {nm_max_vectors<S>(share()),   r_.panels, kRows16,
+            r_.groups * h_.pattern.group, 2,         kNmBlockColumns,
+            lanes ? Extra::kMost : 0};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
@@ -125,10 +127,7 @@ class NmTileKernel {
     pack_tokens<S, T>(call, token0, vectors, column0, column1, panel);
   }
 
-  void compute_extra(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1,
-                     const float* x, int tokens, float* acc) const {
-    extra_.compute(panel0, panel1, column0 / 4, (column1 - column0) / 4, x, tokens, acc);
-  }
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -176,7 +175,7 @@ class NmTileKernel {
   NmRows16 r_;
   const uint64_t* words_;
   const T* values_;
-  NmExtra<S, T> extra_;
+  Extra extra_;
 };
 
 // ---- few tokens ----

@@ -60,6 +60,8 @@ void pair_micro(const uint8_t* list, int shared, int alone, const float* values,
 template <class S>
 class NmPairsKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, float>>;
+
   explicit NmPairsKernel(const PackedWeight& weight)
       : r_(nm_rows16(*weight.header)),
         blocks_(ceil_div(weight.header->k, kPairColumns)),
@@ -68,8 +70,7 @@ class NmPairsKernel {
         extra_(weight, r_) {}
 
   TileShape shape() const {
-    return {nm_max_vectors<S>(1),    r_.panels, kRows16, r_.groups * 4, 2, kPairColumns,
-            NmExtra<S, float>::kMost};
+    return {nm_max_vectors<S>(1), r_.panels, kRows16, r_.groups * 4, 2, kPairColumns, Extra::kMost};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
@@ -77,10 +78,7 @@ class NmPairsKernel {
     pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
 
-  void compute_extra(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1,
-                     const float* x, int tokens, float* acc) const {
-    extra_.compute(panel0, panel1, column0 / 4, (column1 - column0) / 4, x, tokens, acc);
-  }
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -113,7 +111,7 @@ class NmPairsKernel {
   int64_t blocks_;
   const uint8_t* lists_;
   const float* values_;
-  NmExtra<S, float> extra_;
+  Extra extra_;
 };
 
 template <class S>

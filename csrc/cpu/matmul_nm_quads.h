@@ -82,6 +82,8 @@ void quad_micro(const QuadList& list, const float* values, const float* x, float
 template <class S>
 class NmQuadsKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, float>>;
+
   explicit NmQuadsKernel(const PackedWeight& weight)
       : r_(nm_rows16(*weight.header)),
         blocks_(ceil_div(weight.header->k, kQuadColumns)),
@@ -92,7 +94,7 @@ class NmQuadsKernel {
   TileShape shape() const {
     // A block of x is to leave room in L1 for the weights and sums that pass by.
     const int vectors = cpu_info().l1d_bytes < 48 << 10 ? 5 : kMaxVectors;
-    return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns, NmExtra<S, float>::kMost};
+    return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns, Extra::kMost};
   }
 
   void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
@@ -100,10 +102,7 @@ class NmQuadsKernel {
     pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
 
-  void compute_extra(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1,
-                     const float* x, int tokens, float* acc) const {
-    extra_.compute(panel0, panel1, column0 / 4, (column1 - column0) / 4, x, tokens, acc);
-  }
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -134,7 +133,7 @@ class NmQuadsKernel {
   int64_t blocks_;
   const QuadList* lists_;
   const float* values_;
-  NmExtra<S, float> extra_;
+  Extra extra_;
 };
 
 template <class S>

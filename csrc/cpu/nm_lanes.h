@@ -88,18 +88,39 @@ void lanes_micro(const uint64_t* words, const typename Op::Element* values, int 
 
 // The tokens that would fill only a little of a tile's last vector, in the lanes' stead: a kernel whose
 // tokens lie in the lanes takes these with rows in the lanes, while it has their weights at hand.
-template <class S, class T>
+template <class Op>
 class NmExtra {
  public:
-  static constexpr int kMost = S::kLanes / 4;
+  using T = typename Op::Element;
+  using Packed = typename Op::Packed;
+  static constexpr int kMost = Op::Isa::kLanes / 4;
 
   NmExtra(const PackedWeight& weight, const NmRows16& r)
       : r_(r), words_(weight.indices<uint64_t>()), values_(weight.values<T>()) {}
 
-  // acc[panel][token][16 rows] += W x, with x as [group][token][4], for the groups from group0 on.
-  void compute(int64_t panel0, int64_t panel1, int64_t group0, int64_t groups, const float* x,
+  // Columns [column0, column1) of `tokens` tokens from token0 on, as [group][token][4].
+  void pack(const MatmulCall& call, int64_t token0, int tokens, int64_t column0, int64_t column1,
+            float* panel) const {
+    Packed* const to = reinterpret_cast<Packed*>(panel);
+    const T* rows[kMost];
+    for_segments(call, column0, column1, [&](const Segment& segment) {
+      row_addresses(call, token0, segment, tokens, rows);
+      for (int64_t c = segment.begin; c < segment.end; ++c) {
+        Packed* const at = to + (c - column0) / 4 * 4 * tokens + (c - column0) % 4;
+        for (int t = 0; t < tokens; ++t) {
+          const bool there = rows[t] && c < segment.filled;
+          at[4 * t] = Op::convert(there ? rows[t][c - segment.begin] : T{});
+        }
+      }
+    });
+  }
+
+  // acc[panel][token][16 rows] += W x for such columns.
+  void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* panel,
                int tokens, float* acc) const {
     const auto micro = table(std::make_integer_sequence<int, kMost>{})[size_t(tokens - 1)];
+    const int64_t group0 = column0 / 4, groups = (column1 - column0) / 4;
+    const Packed* const x = reinterpret_cast<const Packed*>(panel);
     for (int64_t p = panel0; p < panel1; ++p, acc += tokens * kRows16) {
       micro(words_ + p * r_.words + group0, values_ + (p * r_.pairs + group0) * 2 * kRows16,
             int(groups), x, acc, group0 == 0);
@@ -107,13 +128,13 @@ class NmExtra {
   }
 
  private:
-  using Micro = void(const uint64_t*, const T*, int, const float*, float*, bool);
+  using Micro = void(const uint64_t*, const T*, int, const Packed*, float*, bool);
   template <int... kIndex>
   static std::array<Micro*, kMost> table(std::integer_sequence<int, kIndex...>) {
-    return {&lanes_micro<FmaLanes<S, T>, kIndex + 1>...};
+    return {&lanes_micro<Op, kIndex + 1>...};
   }
 
-  const NmRows16& r_;
+  const NmRows16 r_;
   const uint64_t* words_;
   const T* values_;
 };

@@ -138,7 +138,7 @@ struct TileShape {
   // Panel floats for a column and token, times two: a pair of bf16 columns shares one.
   int64_t floats_per_column_x2;
   int64_t block_columns;  // columns of a block, the last one may be shorter
-  // Up to so many tokens that are left over fill no vector: compute_extra() takes them. 0: none.
+  // Up to so many tokens that are left over fill no vector: the kernel's extra() takes them.
   int max_extra = 0;
 };
 
@@ -154,25 +154,11 @@ void add_block(float* acc, const typename S::V (&sum)[kVectors], bool first) {
   }
 }
 
+// Does the kernel have an extra()?
 template <class Kernel, class = void>
 constexpr bool kTakesExtra = false;
 template <class Kernel>
-constexpr bool kTakesExtra<Kernel, std::void_t<decltype(&Kernel::compute_extra)>> = true;
-
-// The tokens that are left over, from `token0` on, as [group of four columns][token][4].
-template <class S, class T>
-void pack_extra(const MatmulCall& call, int64_t token0, int tokens, int64_t column0,
-                int64_t column1, float* to) {
-  const T* rows[S::kLanes];
-  for_segments(call, column0, column1, [&](const Segment& segment) {
-    row_addresses(call, token0, segment, tokens, rows);
-    for (int64_t c = segment.begin; c < segment.end; ++c) {
-      float* const at = to + (c - column0) / 4 * 4 * tokens + (c - column0) % 4;
-      for (int t = 0; t < tokens; ++t)
-        at[4 * t] = rows[t] && c < segment.filled ? to_float(rows[t][c - segment.begin]) : 0.0f;
-    }
-  });
-}
+constexpr bool kTakesExtra<Kernel, std::void_t<decltype(&Kernel::extra)>> = true;
 
 // acc[units][token][rows of a unit] through the epilogue.
 template <class S, class T>
@@ -233,8 +219,8 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
           if (extra == 0) continue;
           if constexpr (kTakesExtra<Kernel>) {
             float* extra_block = extra_panel + (keep ? c0 * extra : 0);
-            if (u0 == unit0) pack_extra<S, T>(call, all_vectors * L, extra, c0, c1, extra_block);
-            kernel.compute_extra(u0, u1, c0, c1, extra_block, extra, extra_acc);
+            if (u0 == unit0) kernel.extra().pack(call, all_vectors * L, extra, c0, c1, extra_block);
+            kernel.extra().compute(u0, u1, c0, c1, extra_block, extra, extra_acc);
           }
         }
         const int64_t row0 = u0 * shape.unit_rows, row1 = std::min(call.n, u1 * shape.unit_rows);
