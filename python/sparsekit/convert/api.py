@@ -103,9 +103,9 @@ def convert(
             "convert: fold_batchnorm=True needs example_inputs, to see that nobody calls a batch "
             "normalisation or its layer by itself; pass what the model is called with"
         )
-    places = parents(model)
+    holders = parents(model)
     candidates = [
-        Candidate(name, module, places.get(id(module), []))
+        Candidate(name, module, holders.get(id(module), []))
         for name, module in select_modules(model, targets, ignore, KINDS)
         if isinstance(module, KINDS)
     ]
@@ -126,7 +126,9 @@ def convert(
     verdicts = VerdictCache(cache) if gate == "measure" else None
     bar = tqdm(candidates, desc="convert", unit="layer", disable=not progress)
     rows = [_convert_layer(each, fuse, verdicts) for each in bar]
-    if any(row.verdict == "sparse" and each.is_conv for each, row in zip(candidates, rows)):
+    if any(
+        row.verdict == "sparse" and each.is_conv for each, row in zip(candidates, rows, strict=True)
+    ):
         put_weights_in_nhwc(model)
     return ConvertReport(rows)
 
@@ -146,7 +148,6 @@ def _take_in(candidate: Candidate, chain: fusion.Chain | None, fold_batchnorm: b
     if obstacle:
         candidate.notes.append(f"its batch normalisation {place.attribute!r} {obstacle}")
         return
-    mask = None
     batchnorm.fold(candidate.module, place.module)
     passed = FoldedBatchNorm.in_place_of(place.module)
     setattr(place.parent, place.attribute, passed)
@@ -155,3 +156,59 @@ def _take_in(candidate: Candidate, chain: fusion.Chain | None, fold_batchnorm: b
         candidate.activation = replace(chain.activation, parent=passed)
     else:
         candidate.activation = chain.activation
+
+
+def _fold_obstacle(candidate: Candidate, module: nn.Module) -> str:
+    if not candidate.is_batched:
+        return "was given inputs whose first dimension does not count examples"
+    if candidate.bias_tied_to:
+        return f"would change a bias that is tied to {candidate.bias_tied_to}"
+    return batchnorm.fold_obstacle(candidate.module, module)
+
+
+def _convert_layer(candidate: Candidate, fuse: bool, verdicts: VerdictCache | None) -> ConvertRow:
+    if candidate.reason or candidate.pattern is None:
+        return _row(candidate, candidate.reason)
+    dense = candidate.module
+    place = candidate.activation if fuse else None
+    activation = fusion.activation_name(place.module) if place else None
+    try:
+        sparse = _SPARSE[type(dense)].from_dense(
+            dense, candidate.pattern, candidate.mask, activation
+        )
+        judged = judge(candidate, sparse, activation, verdicts)
+    except NotImplementedError as error:
+        return _row(candidate, str(error))
+    if judged.lost:
+        return _row(candidate, judged.reason, judged)
+    sparse.bias = dense.bias  # the parameter itself, whoever else holds it
+    for parent, attribute in candidate.places:
+        setattr(parent, attribute, sparse)
+    if place and activation:
+        fused = FusedActivation(activation).train(place.module.training)
+        setattr(place.parent, place.attribute, fused)
+    note = "pruned by magnitude; " if candidate.mask is not None else ""
+    return _row(candidate, note + judged.reason, judged, activation)
+
+
+def _row(
+    candidate: Candidate,
+    reason: str,
+    judged: Judgement | None = None,
+    activation: str | None = None,
+) -> ConvertRow:
+    return ConvertRow(
+        layer=candidate.name,
+        pattern=None if candidate.pattern is None else str(candidate.pattern),
+        kernel=judged.kernel if judged else None,
+        dense_ms=judged.dense_ms if judged else None,
+        sparse_ms=judged.sparse_ms if judged else None,
+        speedup=judged.speedup if judged else None,
+        verdict="sparse" if judged and not judged.lost else "dense",
+        reason="; ".join([reason, *candidate.notes]),
+        activation=activation,
+        m=tuple(call.m for call in candidate.calls.elements()),
+        batchnorm=candidate.folded,
+        inputs=tuple(map(str, candidate.calls.elements())) if candidate.is_conv else (),
+        nchw_ms=judged.nchw_ms if judged else None,
+    )

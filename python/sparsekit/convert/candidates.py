@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,14 +11,13 @@ from torch.nn import parameter
 from torch.nn.utils import parametrize
 
 from sparsekit import _native
-from sparsekit.filters import detect_filters
+from sparsekit.filters import FilterShape, to_matrix
 from sparsekit.nn import fusion
-from sparsekit.pack import DTYPES, checked_weight
+from sparsekit.pack import DTYPES, checked_weight, detect, mask
 from sparsekit.patterns import (
     MIN_DETECTED_SPARSITY,
     Pattern,
     PatternChoice,
-    detect_pattern,
     resolve_pattern,
 )
 
@@ -53,11 +52,12 @@ class Candidate:
     Attributes:
         name: dotted.
         module: the dense layer.
-        parents: its (parent, attribute) places.
+        places: (parent, attribute) for each place it is at.
         reason: why it stays dense.
-        fixed: its weight may not be touched at all: no batch normalisation is folded into it either.
+        fixed: its weight may not be touched at all, not even to fold a batch normalisation into it.
         bias_tied_to: who else holds its bias.
         pattern: what its weight follows or is pruned to.
+        mask: what to keep of a weight that does not fit the pattern yet.
         calls: what the examples showed.
         activation: what was found to follow it, fused if it becomes sparse.
         folded: a batch normalisation was folded into it.
@@ -66,11 +66,12 @@ class Candidate:
 
     name: str
     module: nn.Linear | nn.Conv1d | nn.Conv2d
-    parents: Sequence[tuple[nn.Module, str]]
+    places: Sequence[tuple[nn.Module, str]]
     reason: str = ""
     fixed: bool = False
     bias_tied_to: str = ""
     pattern: Pattern | None = None
+    mask: Tensor | None = None
     calls: Counter[Call] = field(default_factory=Counter)
     activation: fusion.Place | None = None
     folded: bool = False
@@ -125,10 +126,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _parent_reason(candidate: Candidate) -> str:
-    if not candidate.parents:
+    if not candidate.places:
         kind = type(candidate.module).__name__
         return f"it is the model itself; use Sparse{kind}.from_dense"
-    for parent, attribute in candidate.parents:
+    for parent, attribute in candidate.places:
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight (and in_proj_weight) directly"
         if isinstance(parent, nn.TransformerEncoderLayer) and attribute in ("linear1", "linear2"):
@@ -181,21 +182,29 @@ def choose_pattern(candidate: Candidate, pattern: PatternChoice | None) -> None:
     Raises:
         ValueError: the weight holds a NaN or an infinity.
     """
+    dense = candidate.module
     what = f"convert: layer {candidate.name!r}"
-    dense = candidate.module.weight
-    weight = checked_weight(what, dense, (dense.dim(),))
-    if pattern is not None:
-        candidate.pattern = resolve_pattern(candidate.name, pattern)
-        if candidate.pattern is None:
-            candidate.reason = "no pattern was given for it"
-        return
-    detect = detect_filters if candidate.is_conv else detect_pattern
-    candidate.pattern = detect(weight)
-    if candidate.pattern is None:
+    weight = checked_weight(what, dense.weight, (dense.weight.dim(),))
+    found = detect(weight) if pattern is None else resolve_pattern(candidate.name, pattern)
+    if found is None and pattern is not None:
+        candidate.reason = "no pattern was given for it"
+    elif found is None:
         zeros = 1.0 - weight.count_nonzero().item() / weight.numel()
         candidate.reason = (
             f"it is not pruned ({zeros:.0%} zeros)"
             if zeros < MIN_DETECTED_SPARSITY
             else f"its zeros ({zeros:.0%}) follow no pattern"
         )
-
+    else:
+        candidate.pattern = found
+        matrix = weight
+        if not isinstance(dense, nn.Linear):
+            try:
+                FilterShape.of(weight, dense.groups).matrix_shape(found)
+            except ValueError as error:
+                candidate.reason = str(error)
+                return
+            matrix = to_matrix(weight, found)
+        if not found.fits(matrix != 0):
+            # Now: batch normalisations that are folded later do not change the choice.
+            candidate.mask = mask(weight, found)

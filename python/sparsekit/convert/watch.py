@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,25 +108,25 @@ def _observe(
     return seen
 
 
-def _watched(kind: type[nn.Module], seen: _Seen, nhwc: set[int]) -> type[nn.Module]:
+def _watched(kind: Any, seen: _Seen, nhwc: set[int]) -> Any:
     """Stands in for a layer's class: sees each call, and each look at the weight from outside."""
-    compute: Callable[..., Tensor] = (
-        nn.functional.linear if kind is nn.Linear else kind._conv_forward  # type: ignore[assignment]
-    )
 
-    class Watched(kind):  # type: ignore[misc,valid-type]
+    class Watched(kind):  # type: ignore[misc]
         @property
         def weight(self) -> Tensor:
             seen.readers.add(id(self))
             return self._parameters["weight"]  # type: ignore[no-any-return]
 
         def forward(self, input: Tensor) -> Tensor:
-            owner = () if kind is nn.Linear else (self,)
-            y = compute(*owner, input, self._parameters["weight"], self.bias)
-            dims = 0 if kind is nn.Linear else len(self.kernel_size)
+            weight, dims = self._parameters["weight"], 0
+            if kind is nn.Linear:
+                y = nn.functional.linear(input, weight, self.bias)
+            else:
+                y = self._conv_forward(input, weight, self.bias)
+                dims = len(self.kernel_size)
             if id(self) in nhwc:
                 y = put_channels_last(y, dims)
-            rows = y.numel() // max(1, self._parameters["weight"].shape[0])
+            rows = y.numel() // max(1, weight.shape[0])
             call = Call(tuple(input.shape), is_channels_last(input, dims), rows)
             seen.calls.setdefault(id(self), Counter())[call] += 1
             return y

@@ -2,7 +2,8 @@
 
 In eval mode `(y - mean) / sqrt(var + eps) * gamma + beta` is one factor and one summand for each
 output channel, which the layer's weight and bias can take: exact algebra, rounded once. Zeros stay
-zeros, so the weight keeps its pattern. A folded model cannot be trained on: the statistics are gone.
+zeros, so the weight keeps its pattern. A folded model cannot be trained on: the statistics are
+gone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def folded(layer: nn.Module, batchnorm: nn.Module) -> tuple[Tensor, Tensor]:
         Both in the weight's dtype, computed in float64.
     """
     assert isinstance(batchnorm, nn.modules.batchnorm._BatchNorm)
-    weight, bias, mean, var = layer.weight, layer.bias, batchnorm.running_mean, batchnorm.running_var
+    weight, bias = layer.weight, layer.bias
+    mean, var = batchnorm.running_mean, batchnorm.running_var
     assert isinstance(weight, Tensor)
     assert mean is not None
     assert var is not None

@@ -95,7 +95,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def passes_through(module: nn.Module) -> bool:
     """Whether the module hands its input on unchanged, in every mode."""
     if type(module) in _DROPOUTS:
-        return module.p == 0 and not is_watched(module)
+        return bool(module.p == 0) and not is_watched(module)
     if type(module) is FoldedBatchNorm:
         act = module._modules.get("act")
         return (act is None or passes_through(act)) and not is_watched(module)
@@ -161,9 +161,7 @@ def _within_reach(parent: nn.Module) -> Iterator[nn.Module]:
 
 
 def _can_follow(module: nn.Module) -> bool:
-    return (
-        is_batchnorm(module) or type(module) is FoldedBatchNorm or bool(activation_name(module))
-    )
+    return is_batchnorm(module) or type(module) is FoldedBatchNorm or bool(activation_name(module))
 
 
 def _chains(parent: nn.Module, graph: fx.Graph, wanted: set[int]) -> dict[int, Chain]:

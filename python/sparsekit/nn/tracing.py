@@ -56,13 +56,13 @@ def trace(parent: nn.Module, training: bool) -> Trace | None:
         if not plain or parameter.default is not parameter.empty:
             return None
     before = _Snapshot(parent)
-    graph = None
+    graph: fx.Graph | None = None
     try:
         parent.training = training
         # A forward that asks whether gradients are wanted gets the usual answer of its mode.
         with torch.set_grad_enabled(training):
             graph = _Tracer().trace(parent)
-    except Exception:  # noqa: S110
+    except Exception:
         pass  # foreign code may fail in any way: there is no proof then
     is_pure = before.restore()
     return None if graph is None else Trace(graph, is_pure)
