@@ -240,7 +240,7 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
     rate = share = None
     if job.regime.streaming:
         packed = prepared.layer.packed
-        streamed = streamed_bytes(packed.pattern, *packed.shape, packed.dtype)
+        streamed = streamed_bytes(packed.pattern, *packed.matrix_shape, packed.dtype)
         rate = streamed / medians["ours"] / 1e9
         share = rivals.speedup("ours", _READ) * streamed / _buffer().nbytes
     return Result(

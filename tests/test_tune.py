@@ -487,7 +487,7 @@ def test_models_are_refused_with_a_reason() -> None:
         sk.tune(model)
     with pytest.raises(ValueError, match="a model has its own m; leave m= out"):
         sk.tune(model, m=4, example_inputs=torch.randn(1, 32))
-    with pytest.raises(ValueError, match="has no sparse layers; convert it first"):
+    with pytest.raises(ValueError, match="has no sparse linear layers; convert it first"):
         sk.tune(nn.Linear(2, 2), example_inputs=torch.randn(1, 2))
     with pytest.raises(ValueError, match="no sparse layer ran on the example inputs"):
         sk.tune(model, example_inputs=torch.randn(0, 32))

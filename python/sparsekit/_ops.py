@@ -2,8 +2,8 @@
 
 All take packed bytes (uint8) and plain sizes, so that compiled and exported graphs carry them
 without any Python object. A weight on a GPU comes with its header, which the host reads, as 13
-integers (`PackedMeta.header`), for each group of a convolution. Arguments are checked by `sparsekit.functional` and, before an
-address is read, once more by the native code.
+integers for each group of a convolution (`PackedMeta.header`). Arguments are checked by
+`sparsekit.functional` and, before an address is read, once more by the native code.
 """
 
 from __future__ import annotations
@@ -475,9 +475,7 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.kernel_id, ctx.header = kernel_id, header
     # The activation's argument is computed again, from these.
     again = activation is not None
-    ctx.save_for_backward(
-        x if again else None, packed, bias, residual if again and first else None
-    )
+    ctx.save_for_backward(x if again else None, packed, bias, residual if again and first else None)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -191,9 +191,7 @@ def _conv(
 Geometry = tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]
 
 
-def conv_geometry(
-    filters: FilterShape, stride: Pair, padding: Padding, dilation: Pair
-) -> Geometry:
+def conv_geometry(filters: FilterShape, stride: Pair, padding: Padding, dilation: Pair) -> Geometry:
     """What a convolution's arguments mean: stride, padding (top, left, bottom, right), dilation.
 
     Raises:
@@ -208,9 +206,7 @@ def conv_geometry(
     if padding == "valid":
         return strides, (0, 0, 0, 0), dilations
     if padding != "same":
-        raise ValueError(
-            f"{op}: expected padding as numbers, 'same' or 'valid', got {padding!r}"
-        )
+        raise ValueError(f"{op}: expected padding as numbers, 'same' or 'valid', got {padding!r}")
     if strides != (1, 1):
         raise ValueError(f"{op}: padding='same' takes a stride of 1, got {stride}")
     height, width = (

@@ -166,7 +166,9 @@ class PackedWeight:
         groups, (n, k), header = self.meta.groups, self.matrix_shape, self.meta.header
         step = len(header) // groups
         parts = [
-            _native.unpack_cuda(part, header[i * step : (i + 1) * step], (n // groups, k), self.dtype)
+            _native.unpack_cuda(
+                part, header[i * step : (i + 1) * step], (n // groups, k), self.dtype
+            )
             for i, part in enumerate(self.data.view(groups, -1))
         ]
         return parts[0] if groups == 1 else torch.cat(parts)
@@ -235,9 +237,7 @@ def _format(
         return format
     # The best format for a matmul need not have a kernel for convolutions; the canonical one has.
     n, k = filters.matrix_shape(pattern)
-    answers = _native.explain(
-        format, pattern, dtype, n // filters.groups, k, _PIXELS, op="conv2d"
-    )
+    answers = _native.explain(format, pattern, dtype, n // filters.groups, k, _PIXELS, op="conv2d")
     if any(answer.ok for answer in answers):
         return format
     return _native.default_format(pattern, dtype, "reference")
@@ -417,9 +417,7 @@ def _pack_on_gpu(
     )
     shape = (weight.shape[0], weight.shape[1])
     header = tuple(number for header in headers for number in header)
-    meta = PackedMeta(
-        _native.CUDA_FORMAT, pattern, converted.dtype, shape, target, header, filters
-    )
+    meta = PackedMeta(_native.CUDA_FORMAT, pattern, converted.dtype, shape, target, header, filters)
     return PackedWeight(_side_by_side(parts), meta)
 
 

@@ -3,5 +3,13 @@
 from sparsekit.nn.conv import SparseConv1d, SparseConv2d
 from sparsekit.nn.fused import FoldedBatchNorm, FusedActivation
 from sparsekit.nn.linear import SparseLinear
+from sparsekit.nn.packed import PackedModule
 
-__all__ = ["FoldedBatchNorm", "FusedActivation", "SparseConv1d", "SparseConv2d", "SparseLinear"]
+__all__ = [
+    "FoldedBatchNorm",
+    "FusedActivation",
+    "PackedModule",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseLinear",
+]

@@ -18,7 +18,7 @@ def is_batchnorm(module: nn.Module) -> bool:
     """Whether a module normalises by batch statistics and, at most, applies its `act` afterwards.
 
     A subclass of `nn.BatchNorm2d` with exactly the children `drop` and `act`, of which `drop` does
-    nothing, is taken for one (timm's `BatchNormAct2d`); `fold_obstacle` tries whether it is.
+    nothing, is taken for one (timm's `BatchNormAct2d`); `fold` tries whether it is.
     """
     if type(module) in _PLAIN:
         return True
@@ -30,12 +30,16 @@ def is_batchnorm(module: nn.Module) -> bool:
     )
 
 
-def fold_obstacle(layer: nn.Module, batchnorm: nn.Module) -> str:
-    """Why a batch normalisation cannot be folded into the layer before it; "" when it can.
+def fold(layer: nn.Module, batchnorm: nn.Module) -> str:
+    """Fold a batch normalisation into the layer before it, or say why that cannot be.
 
     Args:
-        layer: an `nn.Linear`, `nn.Conv1d` or `nn.Conv2d`.
+        layer: an `nn.Linear`, `nn.Conv1d` or `nn.Conv2d`. Its parameters stay the objects they
+            were; a bias may be added.
         batchnorm: what `is_batchnorm` takes, called with the layer's output alone.
+
+    Returns:
+        "" or why the layer was left as it was, to be said of the batch normalisation.
     """
     assert isinstance(batchnorm, nn.modules.batchnorm._BatchNorm)
     if batchnorm.training:
@@ -48,10 +52,17 @@ def fold_obstacle(layer: nn.Module, batchnorm: nn.Module) -> str:
         return f"has {batchnorm.num_features} channels, the layer {channels}"
     if batchnorm.running_mean.device != layer.weight.device:
         return f"is on {batchnorm.running_mean.device}, the layer on {layer.weight.device}"
-    if not all(bool(tensor.isfinite().all()) for tensor in folded(layer, batchnorm)):
-        return f"gives weights that are not finite in {layer.weight.dtype}"
     if type(batchnorm) not in _PLAIN and not _acts_last(batchnorm):
         return f"is a {type(batchnorm).__qualname__}, which does something else"
+    weight, bias = _folded(layer, batchnorm)
+    if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+        return f"gives weights that are not finite in {weight.dtype}"
+    assert isinstance(layer.weight, nn.Parameter)
+    layer.weight.data = weight
+    if isinstance(layer.bias, nn.Parameter):
+        layer.bias.data = bias
+    else:
+        layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
     return ""
 
 
@@ -69,17 +80,10 @@ def _acts_last(batchnorm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 @torch.no_grad()
-def folded(layer: nn.Module, batchnorm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer with the batch normalisation after it taken in.
-
-    Args:
-        layer: its output channels are the weight's first dimension.
-        batchnorm: with running statistics, of the layer's output channels.
-
-    Returns:
-        Both in the weight's dtype, computed in float64.
-    """
-    assert isinstance(batchnorm, nn.modules.batchnorm._BatchNorm)
+def _folded(
+    layer: nn.Module, batchnorm: nn.modules.batchnorm._BatchNorm
+) -> tuple[Tensor, Tensor]:
+    """The new weight and bias, in the weight's dtype; computed in float64."""
     weight, bias = layer.weight, layer.bias
     mean, var = batchnorm.running_mean, batchnorm.running_var
     assert isinstance(weight, Tensor)
@@ -95,15 +99,3 @@ def folded(layer: nn.Module, batchnorm: nn.Module) -> tuple[Tensor, Tensor]:
         shift = shift + batchnorm.bias.double()
     scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     return scaled.to(weight.dtype), shift.to(weight.dtype)
-
-
-@torch.no_grad()
-def fold(layer: nn.Module, batchnorm: nn.Module) -> None:
-    """Put `folded` into the layer. Parameters stay the objects they were; a bias may be added."""
-    weight, bias = folded(layer, batchnorm)
-    assert isinstance(layer.weight, nn.Parameter)
-    layer.weight.data = weight
-    if isinstance(layer.bias, nn.Parameter):
-        layer.bias.data = bias
-    else:
-        layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
