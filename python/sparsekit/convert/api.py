@@ -29,13 +29,18 @@ from sparsekit.nn import (
     SparseConv2d,
     SparseLinear,
     batchnorm,
+    fuse_residuals,
     fusion,
 )
 from sparsekit.patterns import PatternChoice, require_match, select_modules
 
 Gate = Literal["measure", "always"]
 
-_SPARSE = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
+_SPARSE: dict[type[nn.Module], Any] = {
+    nn.Linear: SparseLinear,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+}
 
 
 def convert(
@@ -45,7 +50,7 @@ def convert(
     gate: Gate = "measure",
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
-    fuse: bool = True,
+    fuse: bool | Literal["all"] = True,
     fold_batchnorm: bool = False,
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
@@ -76,7 +81,9 @@ def convert(
         ignore: layers left alone; wins over `targets`.
         fuse: also fuse a ReLU, ReLU6, GELU or SiLU module into the layer before it where the
             parent's graph proves that nothing else reads the layer's output; the activation module
-            becomes an identity (`sparsekit.nn.FusedActivation`).
+            becomes an identity (`sparsekit.nn.FusedActivation`). "all" also lets sparse
+            convolutions do the residual adds and the shared or functional activations that follow
+            them, by a rewritten forward (`sparsekit.nn.fuse_residuals`).
         fold_batchnorm: fold each batch normalisation that is in eval mode into the chosen layer
             before it, proven in the same way, whether that layer becomes sparse or stays dense; the
             normalisation becomes an identity (`sparsekit.nn.FoldedBatchNorm`). Zeros stay zeros.
@@ -98,6 +105,8 @@ def convert(
             "convert: gate='measure' needs example_inputs, to know which shapes to time; pass what "
             "the model is called with, or gate='always'"
         )
+    if fuse not in (True, False, "all"):
+        raise ValueError(f"convert: fuse must be True, False or 'all', got {fuse!r}")
     if fold_batchnorm and example_inputs is None:
         raise ValueError(
             "convert: fold_batchnorm=True needs example_inputs, to see that nobody calls a batch "
@@ -125,12 +134,28 @@ def convert(
         _take_in(each, chains.get(id(each.module)), fold_batchnorm)
     verdicts = VerdictCache(cache) if gate == "measure" else None
     bar = tqdm(candidates, desc="convert", unit="layer", disable=not progress)
-    rows = [_convert_layer(each, fuse, verdicts) for each in bar]
-    if any(
-        row.verdict == "sparse" and each.is_conv for each, row in zip(candidates, rows, strict=True)
-    ):
+    rows = [_convert_layer(each, bool(fuse), verdicts) for each in bar]
+    sparse = {row.layer for row in rows if row.verdict == "sparse"}
+    if any(each.is_conv and each.name in sparse for each in candidates):
         put_weights_in_nhwc(model)
+    if fuse == "all":
+        rows = _with_residuals(model, rows)
     return ConvertReport(rows)
+
+
+def _with_residuals(model: nn.Module, rows: Sequence[ConvertRow]) -> list[ConvertRow]:
+    names = {id(module): name for name, module in model.named_modules()}
+    absorbed = {names[id(each.conv)]: each for each in fuse_residuals(model)}
+    return [
+        replace(
+            row,
+            activation=absorbed[row.layer].activation or row.activation,
+            residual=absorbed[row.layer].residual,
+        )
+        if row.layer in absorbed
+        else row
+        for row in rows
+    ]
 
 
 def _take_in(candidate: Candidate, chain: fusion.Chain | None, fold_batchnorm: bool) -> None:
@@ -144,11 +169,10 @@ def _take_in(candidate: Candidate, chain: fusion.Chain | None, fold_batchnorm: b
     candidate.activation = None
     if not fold_batchnorm:
         return
-    obstacle = _fold_obstacle(candidate, place.module)
+    obstacle = _fold(candidate, place.module)
     if obstacle:
         candidate.notes.append(f"its batch normalisation {place.attribute!r} {obstacle}")
         return
-    batchnorm.fold(candidate.module, place.module)
     passed = FoldedBatchNorm.in_place_of(place.module)
     setattr(place.parent, place.attribute, passed)
     candidate.folded = True
@@ -158,12 +182,12 @@ def _take_in(candidate: Candidate, chain: fusion.Chain | None, fold_batchnorm: b
         candidate.activation = chain.activation
 
 
-def _fold_obstacle(candidate: Candidate, module: nn.Module) -> str:
+def _fold(candidate: Candidate, module: nn.Module) -> str:
     if not candidate.is_batched:
         return "was given inputs whose first dimension does not count examples"
     if candidate.bias_tied_to:
         return f"would change a bias that is tied to {candidate.bias_tied_to}"
-    return batchnorm.fold_obstacle(candidate.module, module)
+    return batchnorm.fold(candidate.module, module)
 
 
 def _convert_layer(candidate: Candidate, fuse: bool, verdicts: VerdictCache | None) -> ConvertRow:

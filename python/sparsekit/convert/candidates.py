@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn import parameter
 from torch.nn.utils import parametrize
 
 from sparsekit import _native
@@ -120,7 +119,7 @@ def refuse_by_structure(model: nn.Module, candidates: Sequence[Candidate]) -> No
 
 def _storage(tensor: Tensor) -> int:
     # A meta or empty tensor has no address; its own identity then stands for it.
-    if parameter.is_lazy(tensor) or type(tensor.data) is not Tensor:
+    if isinstance(tensor, nn.UninitializedParameter) or type(tensor.data) is not Tensor:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
@@ -142,7 +141,7 @@ def _module_reason(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str:
         return "it is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
     kind = type(module)
     weight = module._parameters.get("weight")
-    if weight is not None and parameter.is_lazy(weight):
+    if isinstance(weight, nn.UninitializedParameter):
         return f"it is an nn.{kind.__name__} that has not run yet; run the model once first"
     if kind not in KINDS:
         plain = next(base for base in KINDS if isinstance(module, base)).__name__

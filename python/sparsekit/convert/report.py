@@ -26,6 +26,7 @@ class ConvertRow:
         activation: the activation fused into the layer, or None.
         m: rows of x, or output pixels of a convolution, in each call of the layer.
         batchnorm: whether the batch normalisation after the layer was folded into it.
+        residual: whether the layer adds the shortcut of its block, before the activation.
         inputs: of a convolution: shape and memory format of x in each call, e.g.
             "1x64x56x56 NHWC".
         nchw_ms: of a convolution whose x comes as NCHW: the part of `sparse_ms` that goes into
@@ -43,6 +44,7 @@ class ConvertRow:
     activation: str | None = None
     m: tuple[int, ...] = ()
     batchnorm: bool = False
+    residual: bool = False
     inputs: tuple[str, ...] = ()
     nchw_ms: float | None = None
 
@@ -82,8 +84,12 @@ class ConvertReport:
 
 
 def _parts(row: ConvertRow) -> list[str]:
-    fused = ["batchnorm"] if row.batchnorm else []
-    return [row.verdict, *fused, *([row.activation] if row.activation else [])]
+    parts = [row.verdict]
+    if row.batchnorm:
+        parts.append("batchnorm")
+    if row.residual:
+        parts.append("residual")
+    return [*parts, row.activation] if row.activation else parts
 
 
 def _figure(value: float | None, spec: str) -> str:

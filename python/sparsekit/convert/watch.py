@@ -111,11 +111,12 @@ def _observe(
 def _watched(kind: Any, seen: _Seen, nhwc: set[int]) -> Any:
     """Stands in for a layer's class: sees each call, and each look at the weight from outside."""
 
-    class Watched(kind):  # type: ignore[misc]
+    class Watched(kind):
         @property
         def weight(self) -> Tensor:
             seen.readers.add(id(self))
-            return self._parameters["weight"]  # type: ignore[no-any-return]
+            weight: Tensor = self._parameters["weight"]
+            return weight
 
         def forward(self, input: Tensor) -> Tensor:
             weight, dims = self._parameters["weight"], 0

@@ -4,6 +4,7 @@ from sparsekit.nn.conv import SparseConv1d, SparseConv2d
 from sparsekit.nn.fused import FoldedBatchNorm, FusedActivation
 from sparsekit.nn.linear import SparseLinear
 from sparsekit.nn.packed import PackedModule
+from sparsekit.nn.residual import fuse_residuals
 
 __all__ = [
     "FoldedBatchNorm",
@@ -12,4 +13,5 @@ __all__ = [
     "SparseConv1d",
     "SparseConv2d",
     "SparseLinear",
+    "fuse_residuals",
 ]

@@ -80,9 +80,7 @@ def _acts_last(batchnorm: nn.modules.batchnorm._BatchNorm) -> bool:
 
 
 @torch.no_grad()
-def _folded(
-    layer: nn.Module, batchnorm: nn.modules.batchnorm._BatchNorm
-) -> tuple[Tensor, Tensor]:
+def _folded(layer: nn.Module, batchnorm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     """The new weight and bias, in the weight's dtype; computed in float64."""
     weight, bias = layer.weight, layer.bias
     mean, var = batchnorm.running_mean, batchnorm.running_var

@@ -115,6 +115,11 @@ class _SparseConv(PackedModule):
         Returns:
             `[N, out_channels, ...]`, its channels side by side.
         """
+        arguments = self.arguments(x)
+        return conv_packed(*arguments, self.activation, residual, residual_first, self.meta.header)
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """The first arguments of `sparsekit.functional.conv_packed`, up to the bias."""
         stride, padding, dilation = self._geometry
         filters = self.meta.filters
         assert filters is not None
@@ -123,7 +128,7 @@ class _SparseConv(PackedModule):
             sides = (left, right, top, bottom)[: 2 * self.dims]
             x = functional.pad(x, sides, mode=self.padding_mode)
             padding = (0, 0, 0, 0)
-        return conv_packed(
+        return (
             x,
             self.packed_data,
             filters,
@@ -133,10 +138,6 @@ class _SparseConv(PackedModule):
             padding,
             dilation,
             self.bias,
-            self.activation,
-            residual,
-            residual_first,
-            self.meta.header,
         )
 
     def extra_repr(self) -> str:

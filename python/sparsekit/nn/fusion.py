@@ -134,7 +134,7 @@ def find(model: nn.Module, layers: Sequence[nn.Module]) -> dict[int, Chain]:
             places[id(child)] = places.get(id(child), 0) + 1
     found: dict[int, Chain] = {}
     for parent in model.modules():
-        children = list(_within_reach(parent))
+        children = list(within_reach(parent))
         if not any(id(child) in wanted for child in children):
             continue
         if not any(_can_follow(child) and places[id(child)] == 1 for child in children):
@@ -151,11 +151,11 @@ def find(model: nn.Module, layers: Sequence[nn.Module]) -> dict[int, Chain]:
     return found
 
 
-def _within_reach(parent: nn.Module) -> Iterator[nn.Module]:
+def within_reach(parent: nn.Module) -> Iterator[nn.Module]:
     """The modules that a forward can call by itself: children, also those in lists and dicts."""
     for child in parent._modules.values():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _within_reach(child)
+            yield from within_reach(child)
         elif child is not None:
             yield child
 
