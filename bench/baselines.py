@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.gate import dense_paths
+from sparsekit.workload import dense_paths
 
 Call = Callable[[], Tensor]
 

@@ -33,6 +33,7 @@ from bench.shapes import Shape
 from bench.timing import HOPELESS, Rivals, contenders, rounds_within, scout, timed_call
 from sparsekit import _native, gate
 from sparsekit.demo.report import rich_table
+from sparsekit.workload import LinearWorkload
 
 SIZES = (
     (384, 384),
@@ -236,7 +237,9 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
         speedup = rivals.speedup("ours", fastest)
         verdict = None
         if speedup < LOSS:
-            verdict = gate.measure(prepared.layer.packed, case.m, prepared.layer.bias)
+            verdict = gate.measure(
+                LinearWorkload(prepared.layer.packed, case.m, prepared.layer.bias)
+            )
     rate = share = None
     if job.regime.streaming:
         packed = prepared.layer.packed

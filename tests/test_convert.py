@@ -18,6 +18,7 @@ from sparsekit.convert import ConvertReport
 from sparsekit.gate import Verdict
 from sparsekit.nn import FusedActivation, SparseLinear
 from sparsekit.nn.fusion import activation_name
+from sparsekit.workload import LinearWorkload, activate
 
 
 def always(model: nn.Module, inputs: Any, pattern: Any = "2:4", **options: Any) -> ConvertReport:
@@ -52,9 +53,10 @@ def judged(monkeypatch: pytest.MonkeyPatch, speedup: Callable[[int], float]) -> 
     """Replaces the measurement: the speed-up is a function of m."""
     seen: list[int] = []
 
-    def fake(packed: sk.PackedWeight, m: int, *_: Any) -> Verdict:
-        seen.append(m)
-        return Verdict(speedup(m), 1.0, speedup(m), "oneDNN", "kernel")
+    def fake(workload: LinearWorkload) -> Verdict:
+        seen.append(workload.m)
+        ratio = speedup(workload.m)
+        return Verdict(ratio, 1.0, ratio, "oneDNN", "kernel")
 
     monkeypatch.setattr(gate, "measure", fake)
     return seen
@@ -254,7 +256,7 @@ def test_activations_of_transformers_and_timm() -> None:
     ]:
         assert activation_name(module) == name
         if name:
-            torch.testing.assert_close(module(x), gate.activate(x, name))
+            torch.testing.assert_close(module(x), activate(x, name))
 
 
 def test_an_activation_with_a_replaced_forward_is_not_fused() -> None:

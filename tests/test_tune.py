@@ -21,9 +21,10 @@ from torch import nn
 import sparsekit as sk
 from sparsekit import _native, _ops, dispatch, preferences
 from sparsekit.cache import warn_once
-from sparsekit.gate import VerdictCache, kernel_for
+from sparsekit.gate import VerdictCache
 from sparsekit.preferences import REACH, ranges
 from sparsekit.testing import make_problem
+from sparsekit.workload import LinearWorkload, kernel_for
 
 CPU = torch.device("cpu")
 
@@ -244,11 +245,11 @@ def test_a_verdict_about_another_kernel_is_not_believed(
     packed: sk.PackedWeight, another: str, times: dict[str, float]
 ) -> None:
     cache = VerdictCache()
-    before = cache.judge(packed, 4)
+    before = cache.judge(LinearWorkload(packed, 4))
     assert before.kernel == kernel_for(packed, 4)
     times[another] = 0.5
     sk.tune(packed, m=4)
-    assert cache.judge(packed, 4).kernel == another
+    assert cache.judge(LinearWorkload(packed, 4)).kernel == another
 
 
 # --- ranges of m ------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 A sparse layer `<name>` is stored as `<name>.values`, `<name>.indices` and, for blocks,
 `<name>.crow_indices`; everything else as in the model's `state_dict()`, tied tensors once. The
 file's metadata holds `format` ("sparsekit"), `version` ("1") and, as JSON, `layers` (pattern, shape
-and dtype of each, and its activation), `fused` (activation modules that a layer applies itself)
-and `tied` (names that share another name's tensor).
+and dtype of each, its activation and, of a convolution, its filters), `fused` (activation modules
+that a layer applies itself) and `tied` (names that share another name's tensor).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -28,7 +29,9 @@ from tqdm.auto import tqdm
 from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
 from sparsekit.dispatch import table
-from sparsekit.nn import FusedActivation, SparseLinear, fusion
+from sparsekit.filters import FilterShape
+from sparsekit.nn import FusedActivation, SparseConv1d, SparseConv2d, SparseLinear, fusion
+from sparsekit.nn.packed import PackedModule
 from sparsekit.pack import DTYPES, PackedWeight
 from sparsekit.patterns import Pattern, parse_pattern
 
@@ -43,21 +46,44 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What a file says of one sparse layer."""
+    """What a file says of one sparse layer.
+
+    Attributes:
+        pattern: of its weight.
+        shape: (n, k) of the matrix that is stored.
+        dtype: of the values.
+        activation: fused into the layer.
+        filters: of a convolution, whose matrix is stored (`sparsekit.filters`); else None.
+    """
 
     pattern: Pattern
     shape: tuple[int, int]
     dtype: torch.dtype
     activation: str | None
+    filters: FilterShape | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as it stands in the file's metadata."""
-        return {
+        entry: dict[str, Any] = {
             "pattern": str(self.pattern),
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "activation": self.activation,
         }
+        if self.filters is not None:
+            entry["filters"] = {"weight": self.weight_shape, "groups": self.filters.groups}
+        return entry
+
+    @classmethod
+    def of(cls, packed: PackedWeight, activation: str | None = None) -> LayerEntry:
+        """The entry of a packed weight."""
+        meta = packed.meta
+        return cls(meta.pattern, meta.shape, meta.dtype, activation, meta.filters)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return self.shape if self.filters is None else self.filters.weight_shape
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,7 +100,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
     The file is written beside `path` and renamed, so a failed save leaves an old file as it was.
 
     Args:
-        model_or_state: a model with `SparseLinear` layers, or a mapping from names to tensors and
+        model_or_state: a model with sparse layers, or a mapping from names to tensors and
             `PackedWeight` objects (a packed weight's name is its layer's).
         path: the file.
 
@@ -88,15 +114,14 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
     if isinstance(model_or_state, nn.Module):
         state.update(model_or_state.state_dict())
         for name, module in model_or_state.named_modules(remove_duplicate=False):
-            if isinstance(module, SparseLinear):
-                meta = module.meta
-                layers[name] = LayerEntry(meta.pattern, meta.shape, meta.dtype, module.activation)
+            if isinstance(module, PackedModule):
+                layers[name] = LayerEntry.of(module.packed, module.activation)
             elif isinstance(module, FusedActivation):
                 fused[name] = module.activation
     else:
         for name, value in model_or_state.items():
             if isinstance(value, PackedWeight):
-                layers[name] = LayerEntry(value.pattern, value.shape, value.dtype, None)
+                layers[name] = LayerEntry.of(value)
                 canonical = value.canonical()
                 for part in layers[name].parts:
                     state[f"{name}.{part}"] = getattr(canonical, part)
@@ -216,7 +241,11 @@ class _File:
                 raise ValueError(f"shape {entry['shape']}")
             if activation not in ACTIVATIONS:
                 raise ValueError(f"activation {activation!r}")
-            return LayerEntry(parse_pattern(entry["pattern"]), (n, k), dtype, activation)
+            pattern = parse_pattern(entry["pattern"])
+            filters = _filters(entry["filters"]) if "filters" in entry else None
+            if filters is not None and filters.matrix_shape(pattern) != (n, k):
+                raise ValueError(f"filters {entry['filters']} of a matrix {[n, k]}")
+            return LayerEntry(pattern, (n, k), dtype, activation, filters)
         except (KeyError, TypeError, ValueError) as error:
             raise self.error(f"describes layer {name!r} wrongly: {error}") from None
 
@@ -250,6 +279,14 @@ class _File:
         return canonical
 
 
+def _filters(entry: Any) -> FilterShape:
+    rows, channels, *kernel = entry["weight"]
+    if len(kernel) not in (1, 2):
+        raise ValueError(f"filters {entry['weight']}")
+    height, width = kernel if len(kernel) == 2 else (1, *kernel)
+    return FilterShape(rows, channels, (height, width), entry["groups"], len(kernel))
+
+
 @contextmanager
 def _open(path: PathLike) -> Iterator[_File]:
     path = Path(path)
@@ -265,9 +302,10 @@ def _open(path: PathLike) -> Iterator[_File]:
 def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool = True) -> None:
     """Load a file into a model of the same architecture, in place.
 
-    Layers that are sparse in the file become `SparseLinear`, packed for the device they are on,
-    with the activations fused that were fused when the file was written; `nn.Linear` and
-    `SparseLinear` are both accepted in their place. All other parameters and buffers take the
+    Layers that are sparse in the file become `SparseLinear`, `SparseConv1d` or `SparseConv2d`,
+    packed for the device they are on, with the activations fused that were fused when the file was
+    written; the dense and the sparse layer are both accepted in their place, and stride, padding
+    and dilation of a convolution are the model's. All other parameters and buffers take the
     file's values and dtypes. The whole file is checked before the model is touched.
 
     Args:
@@ -287,14 +325,15 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
         modules = dict(model.named_modules(remove_duplicate=False))
         _check_modules(modules, file)
         state = _check_tensors(model, file)
-        sparse: dict[int, SparseLinear] = {}
+        sparse: dict[int, PackedModule] = {}
         bar = tqdm(file.layers.items(), desc="load", unit="layer", delay=1, disable=not progress)
         for name, entry in bar:
             old = modules[name]
             if id(old) not in sparse:
-                packed = PackedWeight.from_canonical(file.canonical(name), target, _device_of(old))
-                new = SparseLinear(packed, None, entry.activation)
-                sparse[id(old)] = new.train(old.training)
+                packed = PackedWeight.from_canonical(
+                    file.canonical(name), target, _device_of(old), entry.filters
+                )
+                sparse[id(old)] = _sparse_in_place_of(old, packed, entry.activation)
         # From here on nothing can fail.
         with torch.no_grad():
             for name, tensor in state.items():
@@ -316,13 +355,19 @@ def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
     """The model has layers and activations where the file wants to put its own."""
     for name, entry in file.layers.items():
         module = modules.get(name) if name else None
-        if not isinstance(module, nn.Linear | SparseLinear):
+        if module is None or not isinstance(module, _places(entry.filters)):
             got = "nothing" if module is None else f"a {type(module).__name__}"
-            raise file.error(f"has a sparse layer {name!r}, the model has {got} there")
-        shape = (module.out_features, module.in_features)
-        if shape != entry.shape:
+            kind = "layer" if entry.filters is None else f"conv{entry.filters.dims}d"
+            raise file.error(f"has a sparse {kind} {name!r}, the model has {got} there")
+        shape = _weight_shape(module)
+        if shape != entry.weight_shape:
             raise file.error(
-                f"has {name!r} with shape {list(entry.shape)}, the model with {list(shape)}"
+                f"has {name!r} with shape {list(entry.weight_shape)}, the model with {list(shape)}"
+            )
+        if entry.filters is not None and entry.filters.groups != module.groups:
+            raise file.error(
+                f"has {name!r} with groups={entry.filters.groups}, the model with "
+                f"groups={module.groups}"
             )
     applied = Counter(entry.activation for entry in file.layers.values())
     for name, activation in file.fused.items():
@@ -365,8 +410,36 @@ def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
     return state
 
 
+def _places(filters: FilterShape | None) -> tuple[type[nn.Module], ...]:
+    """What a sparse layer may take the place of."""
+    if filters is None:
+        return nn.Linear, SparseLinear
+    return (nn.Conv1d, SparseConv1d) if filters.dims == 1 else (nn.Conv2d, SparseConv2d)
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    weight = layer.packed if isinstance(layer, PackedModule) else layer.weight
+    assert isinstance(weight, Tensor | PackedWeight)
+    return tuple(weight.shape)
+
+
+def _sparse_in_place_of(
+    old: nn.Module, packed: PackedWeight, activation: str | None
+) -> PackedModule:
+    new: PackedModule
+    if isinstance(old, nn.Linear | SparseLinear):
+        new = SparseLinear(packed, None, activation)
+    else:
+        kind = SparseConv1d if isinstance(old, nn.Conv1d | SparseConv1d) else SparseConv2d
+        assert isinstance(old, nn.Conv1d | nn.Conv2d | SparseConv1d | SparseConv2d)
+        new = kind(
+            packed, None, old.stride, old.padding, old.dilation, old.padding_mode, activation
+        )
+    return new.train(old.training)
+
+
 def _device_of(layer: nn.Module) -> torch.device:
-    weight = layer.packed_data if isinstance(layer, SparseLinear) else layer.weight
+    weight = layer.packed_data if isinstance(layer, PackedModule) else layer.weight
     assert isinstance(weight, Tensor)
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
@@ -411,20 +484,20 @@ class FileSummary:
     def __str__(self) -> str:
         rows = []
         for name, entry in self.layers.items():
-            n, k = entry.shape
-            kept = self.layer_bytes[name] / (n * k * entry.dtype.itemsize)
+            shape = entry.weight_shape
+            kept = self.layer_bytes[name] / (math.prod(shape) * entry.dtype.itemsize)
             rows.append(
                 (
                     name,
                     str(entry.pattern),
-                    f"{n} x {k}",
+                    " x ".join(map(str, shape)),
                     str(entry.dtype).removeprefix("torch."),
                     entry.activation or "-",
                     f"{self.layer_bytes[name]:,}",
                     f"{kept:.1%}",
                 )
             )
-        head = ("sparse layer", "pattern", "n x k", "dtype", "activation", "bytes", "of dense")
+        head = ("sparse layer", "pattern", "weight", "dtype", "activation", "bytes", "of dense")
         lines = [
             f"{self.path}: sparsekit file, version {self.version}, {self.nbytes:,} bytes",
             table(head, rows) if rows else "no sparse layers",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.gate import activate
 from sparsekit.patterns import PatternLike, parse_pattern
+from sparsekit.workload import activate
 
 # With fewer results than this, the dense error is measured on more rows: the largest of a handful
 # of errors is a matter of luck.

@@ -200,7 +200,7 @@ def _convert_layer(candidate: Candidate, fuse: bool, verdicts: VerdictCache | No
         sparse = _SPARSE[type(dense)].from_dense(
             dense, candidate.pattern, candidate.mask, activation
         )
-        judged = judge(candidate, sparse, activation, verdicts)
+        judged = judge(candidate, sparse.packed, activation, verdicts)
     except NotImplementedError as error:
         return _row(candidate, str(error))
     if judged.lost:

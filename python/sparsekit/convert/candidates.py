@@ -31,17 +31,24 @@ class Call:
     """What a layer was called with.
 
     Attributes:
-        shape: of x.
-        channels_last: whether the channels of a pixel lie side by side.
+        shape: of x; where a convolution pads with anything but zeros, of the padded x.
         m: rows of x; of a convolution, output pixels.
+        dims: of the convolution; 0 for a linear layer.
+        channels_last: whether the channels of a pixel lie side by side.
     """
 
     shape: tuple[int, ...]
-    channels_last: bool
     m: int
+    dims: int = 0
+    channels_last: bool = True
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {'NHWC' if self.channels_last else 'NCHW'}"
+        if self.dims == 0:
+            return f"m={self.m}"
+        sizes = "HW"[2 - self.dims :]
+        batch = "N" if len(self.shape) == self.dims + 2 else ""
+        layout = f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
+        return f"{'x'.join(map(str, self.shape))} {layout}"
 
 
 @dataclass
@@ -143,9 +150,10 @@ def _module_reason(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str:
     weight = module._parameters.get("weight")
     if isinstance(weight, nn.UninitializedParameter):
         return f"it is an nn.{kind.__name__} that has not run yet; run the model once first"
-    if kind not in KINDS:
-        plain = next(base for base in KINDS if isinstance(module, base)).__name__
-        return f"it is a {kind.__module__}.{kind.__qualname__}, not a plain nn.{plain}"
+    plain: type[nn.Module] = next(base for base in KINDS if isinstance(module, base))
+    if kind is not plain:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"it is a {name}, not a plain nn.{plain.__name__}"
     if weight is None:
         return "its weight is computed (torch.nn.utils.prune, weight_norm); make it permanent first"
     if type(weight.data) is not Tensor or not weight.is_floating_point():

@@ -14,10 +14,8 @@ def is_channels_last(x: Tensor, dims: int) -> bool:
 
     Args:
         x: of a convolution.
-        dims: of the convolution, 1 or 2; 0 for a linear layer, whose channels always do.
+        dims: of the convolution, 1 or 2.
     """
-    if dims == 0:
-        return True
     channels = x.dim() - 1 - dims
     return x.shape[channels] <= 1 or x.stride(channels) == 1
 

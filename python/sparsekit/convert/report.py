@@ -28,7 +28,8 @@ class ConvertRow:
         batchnorm: whether the batch normalisation after the layer was folded into it.
         residual: whether the layer adds the shortcut of its block, before the activation.
         inputs: of a convolution: shape and memory format of x in each call, e.g.
-            "1x64x56x56 NHWC".
+            "1x64x56x56 NHWC"; as the layer sees it once convolutions are sparse, and padded where
+            its padding mode is not zeros.
         nchw_ms: of a convolution whose x comes as NCHW: the part of `sparse_ms` that goes into
             converting it; None when it was not measured.
     """
@@ -84,12 +85,14 @@ class ConvertReport:
 
 
 def _parts(row: ConvertRow) -> list[str]:
-    parts = [row.verdict]
+    parts: list[str] = [row.verdict]
     if row.batchnorm:
         parts.append("batchnorm")
     if row.residual:
         parts.append("residual")
-    return [*parts, row.activation] if row.activation else parts
+    if row.activation:
+        parts.append(row.activation)
+    return parts
 
 
 def _figure(value: float | None, spec: str) -> str:

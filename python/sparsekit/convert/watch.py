@@ -119,16 +119,19 @@ def _watched(kind: Any, seen: _Seen, nhwc: set[int]) -> Any:
             return weight
 
         def forward(self, input: Tensor) -> Tensor:
-            weight, dims = self._parameters["weight"], 0
+            weight = self._parameters["weight"]
             if kind is nn.Linear:
                 y = nn.functional.linear(input, weight, self.bias)
+                call = Call(tuple(input.shape), input.numel() // max(1, self.in_features))
             else:
-                y = self._conv_forward(input, weight, self.bias)
-                dims = len(self.kernel_size)
-            if id(self) in nhwc:
-                y = put_channels_last(y, dims)
-            rows = y.numel() // max(1, weight.shape[0])
-            call = Call(tuple(input.shape), is_channels_last(input, dims), rows)
+                y, x, dims = self._conv_forward(input, weight, self.bias), input, weight.dim() - 2
+                if self.padding_mode != "zeros":
+                    sides = self._reversed_padding_repeated_twice
+                    x = nn.functional.pad(x, sides, mode=self.padding_mode)
+                if id(self) in nhwc:
+                    y = put_channels_last(y, dims)
+                pixels = y.numel() // self.out_channels
+                call = Call(tuple(x.shape), pixels, dims, is_channels_last(x, dims))
             seen.calls.setdefault(id(self), Counter())[call] += 1
             return y
 

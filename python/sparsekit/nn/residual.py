@@ -10,6 +10,7 @@ children still compute what they did, so the old forward holds as well.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from sparsekit import _ops
+from sparsekit._ops import conv2d_size
+from sparsekit.filters import FilterShape
 from sparsekit.functional import conv_packed
-from sparsekit.gate import activate
 from sparsekit.nn.conv import SparseConv1d, SparseConv2d
 from sparsekit.nn.fusion import activation_name, is_watched, passes_through, within_reach
 from sparsekit.nn.packed import PackedModule
 from sparsekit.nn.tracing import trace
+from sparsekit.workload import activate
 
-_CONVOLUTIONS = (SparseConv1d, SparseConv2d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ACTIVATIONS: dict[Any, str] = {
     functional.relu: "relu",
@@ -71,7 +72,7 @@ def fuse_residuals(model: nn.Module) -> list[Absorbed]:
 
 
 def _rewrite(parent: nn.Module) -> list[Absorbed]:
-    if not any(type(child) in _CONVOLUTIONS for child in within_reach(parent)):
+    if not any(_free(child) for child in within_reach(parent)):
         return []
     if not _may_be_subclassed(type(parent)):
         return []
@@ -80,19 +81,25 @@ def _rewrite(parent: nn.Module) -> list[Absorbed]:
     if len(graphs) < 2 or _listing(graphs[0]) != _listing(graphs[1]):
         return []
     graph = graphs[0]
-    absorbed = []
+    absorbed: list[Absorbed] = []
     for node in list(graph.nodes):
         if node.op == "call_module":
-            conv = parent.get_submodule(str(node.target))
-            if type(conv) in _CONVOLUTIONS and conv.activation is None and not is_watched(conv):
-                match = _match(parent, node)
-                if match is not None and _may_wait(parent, node, match):
-                    _replace(graph, node, match)
-                    absorbed.append(Absorbed(conv, match.residual is not None, match.activation))
+            conv = _free(parent.get_submodule(str(node.target)))
+            match = _match(parent, node) if conv else None
+            if conv and match and _may_wait(parent, node, match):
+                _replace(graph, node, match)
+                absorbed.append(Absorbed(conv, match.residual is not None, match.activation))
     if absorbed:
         graph.lint()
         _install(parent, graph)
     return absorbed
+
+
+def _free(module: nn.Module) -> SparseConv1d | SparseConv2d | None:
+    """The module if it is a sparse convolution that can take on an activation."""
+    if not isinstance(module, SparseConv1d | SparseConv2d) or is_watched(module):
+        return None
+    return module if module.activation is None else None
 
 
 def _may_be_subclassed(kind: type[nn.Module]) -> bool:
@@ -243,19 +250,22 @@ def _replace(graph: fx.Graph, conv: fx.Node, match: _Match) -> None:
 
 def conv_add(conv: nn.Module, x: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """`activation(conv(x) + residual)`, in one kernel where that can be."""
-    if type(conv) in _CONVOLUTIONS and conv.activation is None and not is_watched(conv):
-        return _packed_add(*conv.arguments(x), activation, residual, conv.meta.header)
+    free = _free(conv)
+    if free is not None:
+        return _packed_add(free.arguments(x), activation, residual)
     y: Tensor = conv(x)
     return activate(y if residual is None else y + residual, activation)
 
 
-def _packed_add(*arguments: Any) -> Tensor:
-    *start, activation, residual, header = arguments
-    if residual is None or _fits(residual, *start):
-        return conv_packed(*start, activation, residual, True, header)
+def _packed_add(
+    arguments: dict[str, Any], activation: str | None, residual: Tensor | None
+) -> Tensor:
+    if residual is None or _fits(residual, **arguments):
+        return conv_packed(
+            **arguments, activation=activation, residual=residual, residual_first=True
+        )
     # A value that is broadcast, or of another dtype, is none that a kernel adds.
-    y = conv_packed(*start, None, None, False, header)
-    return activate(y + residual, activation)
+    return activate(conv_packed(**arguments) + residual, activation)
 
 
 torch.fx.wrap("_packed_add")
@@ -264,19 +274,19 @@ torch.fx.wrap("_packed_add")
 def _fits(
     residual: Any,
     x: Tensor,
-    data: Tensor,
-    filters: Any,
-    k: int,
+    filters: FilterShape,
     dtype: torch.dtype,
-    *geometry_and_bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    **_: Any,
 ) -> bool:
-    if not isinstance(residual, Tensor) or residual.dtype != dtype:
+    if not isinstance(residual, Tensor) or residual.dtype != dtype or residual.device != x.device:
         return False
     dims = filters.dims
-    sizes = [1, *x.shape[-1:]] if dims == 1 else list(x.shape[-2:])
-    size = _ops.conv2d_size(sizes, filters.kernel_size, *geometry_and_bias[:3])
-    shape = [*x.shape[: -dims - 1], filters.out_channels, *size[2 - dims :]]
-    return list(residual.shape) == shape and residual.device == x.device
+    image = [1, *x.shape[-1:]] if dims == 1 else list(x.shape[-2:])
+    size = conv2d_size(image, filters.kernel_size, stride, padding, dilation)
+    return list(residual.shape) == [*x.shape[: -dims - 1], filters.out_channels, *size[2 - dims :]]
 
 
 def _install(parent: nn.Module, graph: fx.Graph) -> None:
@@ -302,10 +312,9 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return _restored, (self._plain,), state
 
 
-def _restored(kind: type[nn.Module]) -> nn.Module:
-    pending = type(kind.__name__, (kind,), {"__setstate__": _set_state, "_plain": kind})
-    new: nn.Module = pending.__new__(pending)
-    return new
+def _restored(kind: type[nn.Module]) -> Any:
+    pending: Any = type(kind.__name__, (kind,), {"__setstate__": _set_state, "_plain": kind})
+    return pending.__new__(pending)
 
 
 def _set_state(self: Any, state: Any) -> None:
