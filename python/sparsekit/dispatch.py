@@ -128,6 +128,8 @@ def explain(
             unknown op, or "conv2d" for a packed matrix.
         NotImplementedError: no kernel on a GPU takes the pattern in any format.
     """
+    if op not in (None, "matmul", "conv2d"):
+        raise ValueError(f"explain: expected op to be 'matmul' or 'conv2d', got {op!r}")
     if isinstance(weight, PackedWeight):
         filters = weight.meta.filters
         n_own, k_own = weight.matrix_shape[0] // weight.meta.groups, weight.matrix_shape[1]
@@ -138,8 +140,8 @@ def explain(
         pattern, format = weight.pattern, weight.format
         n, k, dtype = own
         device = weight.device if device is None else torch.device(device)
-        if op is None and filters is not None and filters.taps > 1:
-            op = "conv2d"
+        if op is None:
+            op = "conv2d" if filters is not None and filters.taps > 1 else "matmul"
         if op == "conv2d" and filters is None:
             raise ValueError("explain: op='conv2d', the packed weight is a matrix")
     else:
@@ -148,10 +150,8 @@ def explain(
         pattern = parse_pattern(weight)
         dtype = torch.float32 if dtype is None else dtype
         device = torch.device("cpu" if device is None else device)
-        format = _native.default_format(pattern, dtype, _native.target_of(device))
-    op = "matmul" if op is None else op
-    if op not in ("matmul", "conv2d"):
-        raise ValueError(f"explain: expected op to be 'matmul' or 'conv2d', got {op!r}")
+        op = "matmul" if op is None else op
+        format = _native.default_format(pattern, dtype, _native.target_of(device), op)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"explain: expected a device of type cpu or cuda, got {device}")
     if m < 0 or n < 1 or k < 1:

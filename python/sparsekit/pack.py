@@ -29,8 +29,6 @@ TARGETS = ("auto", "cpu", "cuda", "reference")
 _CPU = torch.device("cpu")
 # Where the groups of a convolution start in the bytes; kernels on GPUs want 128.
 _PART_ALIGNMENT = 128
-# Any number that keeps a kernel busy.
-_PIXELS = 256
 
 
 @dataclass(frozen=True)
@@ -232,15 +230,8 @@ def _format(
         raise ValueError(f"pack: target must be one of {TARGETS}, got {target!r}")
     if target == "auto" and device.type == "cuda":
         target = _native.target_of(device)
-    format = _native.default_format(pattern, dtype, target)
-    if filters is None or target.startswith("cuda"):
-        return format
-    # The best format for a matmul need not have a kernel for convolutions; the canonical one has.
-    n, k = filters.matrix_shape(pattern)
-    answers = _native.explain(format, pattern, dtype, n // filters.groups, k, _PIXELS, op="conv2d")
-    if any(answer.ok for answer in answers):
-        return format
-    return _native.default_format(pattern, dtype, "reference")
+    op = "matmul" if filters is None else "conv2d"
+    return _native.default_format(pattern, dtype, target, op)
 
 
 def _split(canonical: _native.Canonical, groups: int) -> list[_native.Canonical]:
@@ -399,7 +390,7 @@ def _pack_on_gpu(
     pattern: Pattern,
     mask: Tensor | None,
     target: str,
-    filters: FilterShape | None,
+    filters: FilterShape | None = None,
 ) -> PackedWeight:
     """2:4 where it is. `converted` is the weight in the dtype of the values."""
     # The kernel chooses row by row, among the values it packs.
