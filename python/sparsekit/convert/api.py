@@ -18,7 +18,6 @@ from sparsekit.convert.candidates import (
     refuse_by_structure,
 )
 from sparsekit.convert.judge import Judgement, judge
-from sparsekit.convert.memory_format import put_weights_in_nhwc
 from sparsekit.convert.report import ConvertReport, ConvertRow
 from sparsekit.convert.watch import watch
 from sparsekit.gate import VerdictCache
@@ -32,6 +31,7 @@ from sparsekit.nn import (
     fuse_residuals,
     fusion,
 )
+from sparsekit.nn.memory_format import put_weights_in_nhwc
 from sparsekit.patterns import PatternChoice, require_match, select_modules
 
 Gate = Literal["measure", "always"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparsekit import _native
@@ -126,7 +128,7 @@ def refuse_by_structure(model: nn.Module, candidates: Sequence[Candidate]) -> No
 
 def _storage(tensor: Tensor) -> int:
     # A meta or empty tensor has no address; its own identity then stands for it.
-    if isinstance(tensor, nn.UninitializedParameter) or type(tensor.data) is not Tensor:
+    if is_lazy(tensor) or type(tensor.data) is not Tensor:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
@@ -146,11 +148,11 @@ def _parent_reason(candidate: Candidate) -> str:
 def _module_reason(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str:
     if parametrize.is_parametrized(module):
         return "it is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
-    kind = type(module)
+    kind: Any = type(module)
     weight = module._parameters.get("weight")
-    if isinstance(weight, nn.UninitializedParameter):
+    if is_lazy(weight):
         return f"it is an nn.{kind.__name__} that has not run yet; run the model once first"
-    plain: type[nn.Module] = next(base for base in KINDS if isinstance(module, base))
+    plain = next(base for base in KINDS if isinstance(module, base))
     if kind is not plain:
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"it is a {name}, not a plain nn.{plain.__name__}"

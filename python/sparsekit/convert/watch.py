@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.convert.candidates import Call, Candidate
-from sparsekit.convert.memory_format import is_channels_last, put_channels_last, weights_in_nhwc
 from sparsekit.examples import run_examples
 from sparsekit.nn import fusion
+from sparsekit.nn.memory_format import is_channels_last, put_channels_last, weights_in_nhwc
 
 
 def watch(
