@@ -47,7 +47,7 @@ class Call:
     def __str__(self) -> str:
         if self.dims == 0:
             return f"m={self.m}"
-        sizes = "HW"[2 - self.dims :]
+        sizes = "L" if self.dims == 1 else "HW"
         batch = "N" if len(self.shape) == self.dims + 2 else ""
         layout = f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
         return f"{'x'.join(map(str, self.shape))} {layout}"
@@ -149,8 +149,8 @@ def _module_reason(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str:
     if parametrize.is_parametrized(module):
         return "it is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
     kind: Any = type(module)
-    weight = module._parameters.get("weight")
-    if is_lazy(weight):
+    weight: Any = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
         return f"it is an nn.{kind.__name__} that has not run yet; run the model once first"
     plain = next(base for base in KINDS if isinstance(module, base))
     if kind is not plain:

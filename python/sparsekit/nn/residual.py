@@ -178,7 +178,7 @@ def _other_summand(node: fx.Node, user: fx.Node) -> fx.Node | None:
     if first is node and isinstance(second, fx.Node) and second is not node:
         return second
     in_place = user.target in (operator.iadd, "add_")
-    if second is node and isinstance(first, fx.Node) and not in_place:
+    if second is node and isinstance(first, fx.Node) and first is not node and not in_place:
         return first
     return None
 
@@ -203,11 +203,17 @@ def _may_wait(parent: nn.Module, conv: fx.Node, match: _Match) -> bool:
     reach = _may_share_memory(parent, conv.args[0])
     node = conv
     while node is not match.at:
-        may_write = node not in match.chain and not _is_fresh(parent, node)
+        may_write = node not in match.chain and not _only_reads(parent, node)
         if may_write and any(value in reach for value in node.all_input_nodes):
             return False
         node = node.next
     return True
+
+
+def _only_reads(parent: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    return node.target in (operator.getitem, getattr) or _is_fresh(parent, node)
 
 
 def _may_share_memory(parent: nn.Module, value: Any) -> set[fx.Node]:
