@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def conv_geometry(filters: FilterShape, stride: Pair, padding: Padding, dilation
 
 def _pair(op: str, name: str, value: Pair, dims: int, least: int) -> tuple[int, int]:
     """(height, width); of a 1-D convolution the height does nothing."""
-    numbers = [value] * dims if isinstance(value, int) else list(value)
+    numbers: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
     if len(numbers) == 1:
         numbers = numbers * dims
     if len(numbers) != dims or any(
