@@ -128,7 +128,8 @@ def convert(
     if example_inputs is not None:
         movable = [each for each in candidates if not each.fixed]
         if fuse or fold_batchnorm:
-            chains = fusion.find(model, [each.module for each in movable])
+            followed = [each for each in movable if fold_batchnorm or not each.reason]
+            chains = fusion.find(model, [each.module for each in followed])
         watch(model, movable, chains, example_inputs)
     for each in candidates:
         _take_in(each, chains.get(id(each.module)), fold_batchnorm)
