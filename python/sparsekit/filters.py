@@ -145,6 +145,17 @@ def to_filters(matrix: Tensor, shape: FilterShape) -> Tensor:
     return last.transpose(1, 2).reshape(shape.weight_shape).contiguous()
 
 
+def to_tiles(filters: Tensor, pattern: Pattern) -> Tensor:
+    """`to_matrix` with taps that are filled up to whole tiles of the pattern and no further.
+
+    Masks are chosen and judged on it: blocks of nothing but padding would count among those that a
+    sparsity keeps.
+    """
+    shape = FilterShape.of(filters)
+    tile = pattern.k_tile if shape.taps > 1 else 1
+    return _to_matrix(filters, -(-shape.in_channels // tile) * tile)
+
+
 def detect_filters(filters: Tensor) -> Pattern | None:
     """`detect_pattern` of a convolution's filters."""
     shape = FilterShape.of(filters)
