@@ -436,6 +436,8 @@ def conv2d(
     """
     batch, channels, height, width = x.shape
     image_stride, _, line_stride, pixel_stride = x.stride()
+    if width == 1:  # this stride says nothing; so, images of one pixel are the rows of a matrix
+        pixel_stride = line_stride if height > 1 else image_stride
     _C.conv2d(
         y.shape[0],
         y.shape[1],
