@@ -77,6 +77,16 @@ class FilterShape:
         return (self.out_channels, self.in_channels, *kernel)
 
     @property
+    def op(self) -> str:
+        """The function that takes them: conv1d or conv2d."""
+        return "conv1d" if self.dims == 1 else "conv2d"
+
+    @property
+    def channels(self) -> int:
+        """Input channels of all groups together."""
+        return self.in_channels * self.groups
+
+    @property
     def taps(self) -> int:
         """Positions of the kernel."""
         return self.kernel_size[0] * self.kernel_size[1]
