@@ -82,7 +82,16 @@ void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t co
       const T* rows[L];
       row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
       float* to = panel + (segment.begin - column0) * width + int64_t(i) * L;
-      for (int64_t c = 0; c < segment.end - segment.begin; c += L) {
+      int64_t c = 0;
+      if constexpr (S::kLoadsTransposed && std::is_same_v<T, float>) {
+        const bool whole = std::find(rows, rows + L, nullptr) == rows + L;
+        for (; whole && c + 4 <= segment.filled - segment.begin; c += 4) {
+          V v[4];
+          S::load_transposed(rows, c, v);
+          for (int j = 0; j < 4; ++j) S::store(to + (c + j) * width, v[j]);
+        }
+      }
+      for (; c < segment.end - segment.begin; c += L) {
         const int loaded = int(std::clamp<int64_t>(segment.filled - segment.begin - c, 0, L));
         V v[L];
         for (int t = 0; t < L; ++t) {
