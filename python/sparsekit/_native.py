@@ -363,8 +363,7 @@ class GpuCall(NamedTuple):
     workspace: Tensor
 
 
-@dataclass(frozen=True)
-class Conv2dShape:
+class Conv2dShape(NamedTuple):
     """Where a convolution finds its pixels: sizes as (height, width), padding as (top, left).
 
     What lies outside the image reads as zero, so the padding at the bottom and the right is
