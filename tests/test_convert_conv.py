@@ -167,6 +167,7 @@ def test_reasons_that_need_no_run() -> None:
     ]:
         assert says in refused(layer), says
     assert refused(mixed, None) == "its bias is torch.bfloat16, its weight torch.float32"
+    assert "it is on meta; there are kernels for" in refused(conv(device="meta"), None)
     assert refused(quantised, None) == "it is quantised already (Tensor, torch.int8)"
     assert "torch.float64; there are kernels for" in refused(conv().double(), X.double())
 
@@ -326,6 +327,17 @@ def test_dense_layers_are_folded_too() -> None:
     # A second time the activation can follow; nothing is left to fold.
     report = always(model, X, fold_batchnorm=True)
     assert fused(report) == {"0": "relu"}
+    torch.testing.assert_close(run(model, X), expected)
+
+
+@pytest.mark.parametrize(
+    "batchnorm", [nn.BatchNorm2d(16, affine=False), nn.SyncBatchNorm(16), nn.BatchNorm2d(16, eps=1)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_kinds_of_normalisations(batchnorm: nn.Module, bias: bool) -> None:
+    model = pair(copy.deepcopy(batchnorm), nn.Conv2d(16, 16, 3, bias=bias))
+    expected = exact(model, X)
+    assert fused(always(model, X, fold_batchnorm=True)) == {"0": "relu"}
     torch.testing.assert_close(run(model, X), expected)
 
 
