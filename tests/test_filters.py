@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparsekit as sk
 from sparsekit import NM, BlockSparse, _native, parse_pattern
-from sparsekit.filters import FilterShape, to_filters, to_matrix
+from sparsekit.filters import FilterShape, to_filters, to_matrix, to_tiles
 from sparsekit.pack import PackedWeight, _pack_on_gpu
 
 PATTERNS = ["2:4", "2:4v4", "4:16", "bsr16x16@0.75", "bsr4x2@0.5"]
@@ -177,8 +177,8 @@ def test_padding_is_never_kept_in_place_of_a_channel() -> None:
     for pattern in ("2:4", "2:4v4", "bsr1x1@0.75", "bsr16x8@0.5"):
         weight = weight_of((16, 5, 3, 3)).abs() + 1
         kind = parse_pattern(pattern)
-        kept = int(to_matrix(sk.mask(weight, pattern), kind).sum())
-        matrix = to_matrix(weight, kind)
+        kept = int(sk.mask(weight, pattern).sum())
+        matrix = to_tiles(weight, kind)
         # As many as if the score of the padding were the lowest there is.
         score = torch.where(matrix > 0, matrix, torch.full_like(matrix, -1e3))
         assert kept == int((kind.mask(score) & (matrix > 0)).sum())
@@ -254,3 +254,10 @@ def test_groups_are_packed_one_by_one_on_a_gpu(
     assert packed.meta == expected.meta
     assert torch.equal(packed.data, expected.data)
     assert torch.equal(packed.to_dense(), weight * sk.mask(weight, pattern))
+
+
+@pytest.mark.parametrize("channels", [4, 12, 16, 20])
+def test_padding_does_not_count_among_the_blocks_that_are_kept(channels: int) -> None:
+    weight = torch.randn(16, channels, 3, 3, generator=torch.Generator().manual_seed(channels))
+    for chosen in (sk.mask(weight, "bsr4x4@0.5"), sk.pack(weight, "bsr4x4@0.5").to_dense() != 0):
+        assert chosen.float().mean().item() == pytest.approx(0.5, abs=0.01)

@@ -122,6 +122,27 @@ def test_any_memory_format(size: tuple[int, int, int, int]) -> None:
         assert_conv2d_exact(y, problem, problem.bias, None, problem.residual)
 
 
+@pytest.mark.parametrize("size", [(5, 16, 1, 1), (2, 16, 6, 1), (2, 16, 1, 6), (2, 16, 3, 4)])
+def test_pixels_in_a_row_are_a_matrix(size: tuple[int, int, int, int]) -> None:
+    """Whatever the strides of a dimension of size 1 are, a 1x1 convolution is run as a matmul."""
+    problem = problem_of(size=size, kernel_size=(1, 1))
+    packed = sk.pack(problem.weight, "2:4", target="reference")
+    for x in (problem.x, problem.x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        y = _ops.conv2d(
+            x if size[2:] != (1, 1) else x.contiguous(),
+            packed.data,
+            33,
+            [1, 1],
+            [1, 1],
+            [0] * 4,
+            [1, 1],
+            1,
+            16,
+            kernel_id="matmul_nm_f32_scalar",
+        )
+        assert_conv2d_exact(y, problem)
+
+
 def test_expanded_images() -> None:
     problem = problem_of(size=(1, 16, 1, 1), padding=(1,) * 4)
     for x in (problem.x.expand(3, 16, 1, 1), problem.x.expand(3, 16, 4, 5)):

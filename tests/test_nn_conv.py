@@ -112,6 +112,15 @@ def test_wrong_arguments_are_refused() -> None:
         SparseLinear(packed)
     with pytest.raises(ValueError, match="a depthwise convolution"):
         SparseConv2d.from_dense(nn.Conv2d(8, 8, 3, groups=8))
+    for kind, layer in (
+        (SparseConv2d, nn.ConvTranspose2d(8, 8, 3)),
+        (SparseConv1d, nn.Conv2d(8, 8, 3)),
+        (SparseConv2d, nn.Linear(8, 8)),
+    ):
+        with pytest.raises(
+            ValueError, match=f"expected an nn.Conv.d, got a {type(layer).__name__}"
+        ):
+            kind.from_dense(layer)
     with pytest.raises(ValueError, match="conv2d: x has 5 channels"):
         SparseConv2d(packed)(torch.zeros(1, 5, 4, 4))
 

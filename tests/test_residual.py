@@ -276,6 +276,16 @@ def test_the_class_makes_plain_objects() -> None:
     assert type(type(sparse)(lambda self, x: x)) is Block
 
 
+def test_compiles_where_modules_are_not_inlined() -> None:
+    """As with `torch._inductor.config.freezing`; the class's own `__init__` takes arguments."""
+    sparse, dense = converted(lambda self, x: self.act(self.conv(x) + x))
+    fuse_residuals(sparse)
+    with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False), torch.inference_mode():
+        torch._dynamo.reset()
+        compiled = torch.compile(sparse, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), exact(dense, X))
+
+
 class Net(nn.Module):
     """At the top level, so that it pickles."""
 

@@ -51,9 +51,9 @@ void check_addresses(const char* op, const sk_matmul_args& a, const sk_conv2d_sh
   const int64_t size = dtype_size(a.dtype);
   const Rows y = make_rows(op, "y", a.y, a.m, a.y_row_stride, a.n, size);
   const Rows x = rows_of_x(op, a, conv);
-  const Rows read[] = {
-      x, make_rows(op, "residual", a.residual, a.m, a.residual_row_stride, a.n, size),
-      make_rows(op, "bias", a.bias, 1, a.n, a.n, size)};
+  const Rows read[] = {x,
+                       make_rows(op, "residual", a.residual, a.m, a.residual_row_stride, a.n, size),
+                       make_rows(op, "bias", a.bias, 1, a.n, a.n, size)};
   for (const Rows& r : read) {
     SK_REQUIRE(!r.begin || !overlap(y, r), op, ": y overlaps ", r.name, "; pass a y of its own");
   }

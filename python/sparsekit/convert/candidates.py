@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparsekit import _native
-from sparsekit.filters import FilterShape, to_matrix
+from sparsekit.filters import FilterShape, to_tiles
 from sparsekit.nn import fusion
 from sparsekit.pack import DTYPES, checked_weight, detect, mask
 from sparsekit.patterns import (
@@ -215,7 +215,7 @@ def choose_pattern(candidate: Candidate, pattern: PatternChoice | None) -> None:
             except ValueError as error:
                 candidate.reason = str(error)
                 return
-            matrix = to_matrix(weight, found)
+            matrix = to_tiles(weight, found)
         if not found.fits(matrix != 0):
             # Now: batch normalisations that are folded later do not change the choice.
             candidate.mask = mask(weight, found)

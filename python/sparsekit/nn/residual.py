@@ -313,12 +313,18 @@ def _install(parent: nn.Module, graph: fx.Graph, absorbed: int) -> None:
         "forward": namespace["forward"],
         "__doc__": kind.__doc__,
         "__module__": kind.__module__,
-        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
+        "__new__": _plain_new,
         "__reduce_ex__": _reduce,
         "_plain": kind,
         "_absorbed": absorbed,
     }
     parent.__class__ = type(f"Fused{kind.__name__}", (kind,), members)
+
+
+def _plain_new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Who makes another object by `type(module)(...)` gets one of the plain class."""
+    # Without arguments it is torch.compile, which makes an empty object and copies the attributes.
+    return cls._plain(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
