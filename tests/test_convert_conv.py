@@ -552,7 +552,10 @@ def test_formats_of_1d_convolutions() -> None:
     assert [row.inputs for row in report.rows] == [("2x8x40 NCL",), ("2x16x24 NCL",)]
     single = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1))
     report = always(single, x[0])
-    assert [row.inputs for row in report.rows] == [("8x40 CL",), ("8x40 LC",)]
+    assert [row.inputs for row in report.rows] == [("8x40 CL",), ("8x40 CL",)]
+    single = nn.Sequential(nn.Conv1d(8, 8, 1))
+    report = always(single, x[0].t().contiguous().t())
+    assert [row.inputs for row in report.rows] == [("8x40 LC",)]
 
 
 def test_dense_weights_change_their_format_only_beside_a_sparse_convolution() -> None:
@@ -586,6 +589,19 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).view(-1, 256))
+
+
+def test_a_model_that_needs_ncl_keeps_its_convolutions() -> None:
+    class Flat1d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(-1, 8 * 38)
+
+    report = always(Flat1d(), NETWORKS["audio"][1])
+    assert "the model fails where its output is channels_last" in reasons(report)["conv"]
 
 
 def test_a_model_that_needs_nchw_keeps_its_convolutions() -> None:
