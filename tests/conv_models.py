@@ -174,8 +174,9 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
         if known and module.running_mean is not None:
             module.running_mean.normal_(0, 0.2, generator=generator)
             module.running_var.uniform_(0.3, 2, generator=generator)
-            module.weight.data.uniform_(-1.5, 1.5, generator=generator)
-            module.bias.data.normal_(0, 0.2, generator=generator)
+            if module.affine:
+                module.weight.data.uniform_(-1.5, 1.5, generator=generator)
+                module.bias.data.normal_(0, 0.2, generator=generator)
     return model
 
 

@@ -280,6 +280,11 @@ def calls_activation_twice(self: Any, x: Tensor) -> Tensor:
     return self.act(self.act(x) + self.fc(x)) + self.act(self.fc(x))
 
 
+def asks_for_the_type(self: Any, x: Tensor) -> Tensor:
+    h = self.fc(x)
+    return self.act(h) + h if isinstance(x, Tensor) else self.act(h)
+
+
 def something_between(self: Any, x: Tensor) -> Tensor:
     return self.act(self.fc(x) * 2)
 
@@ -310,6 +315,7 @@ def plain(self: Any, x: Tensor) -> Tensor:
         calls_layer_twice,
         calls_activation_twice,
         something_between,
+        asks_for_the_type,
         depends_on_training,
         depends_on_values,
         reaches_outside_the_graph,

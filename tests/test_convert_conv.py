@@ -167,6 +167,7 @@ def test_reasons_that_need_no_run() -> None:
     ]:
         assert says in refused(layer), says
     assert refused(mixed, None) == "its bias is torch.bfloat16, its weight torch.float32"
+    assert "it is on meta; there are kernels for" in refused(conv(device="meta"), None)
     assert refused(quantised, None) == "it is quantised already (Tensor, torch.int8)"
     assert "torch.float64; there are kernels for" in refused(conv().double(), X.double())
 
@@ -326,6 +327,17 @@ def test_dense_layers_are_folded_too() -> None:
     # A second time the activation can follow; nothing is left to fold.
     report = always(model, X, fold_batchnorm=True)
     assert fused(report) == {"0": "relu"}
+    torch.testing.assert_close(run(model, X), expected)
+
+
+@pytest.mark.parametrize(
+    "batchnorm", [nn.BatchNorm2d(16, affine=False), nn.SyncBatchNorm(16), nn.BatchNorm2d(16, eps=1)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_kinds_of_normalisations(batchnorm: nn.Module, bias: bool) -> None:
+    model = pair(copy.deepcopy(batchnorm), nn.Conv2d(16, 16, 3, bias=bias))
+    expected = exact(model, X)
+    assert fused(always(model, X, fold_batchnorm=True)) == {"0": "relu"}
     torch.testing.assert_close(run(model, X), expected)
 
 
@@ -540,7 +552,10 @@ def test_formats_of_1d_convolutions() -> None:
     assert [row.inputs for row in report.rows] == [("2x8x40 NCL",), ("2x16x24 NCL",)]
     single = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1))
     report = always(single, x[0])
-    assert [row.inputs for row in report.rows] == [("8x40 CL",), ("8x40 LC",)]
+    assert [row.inputs for row in report.rows] == [("8x40 CL",), ("8x40 CL",)]
+    single = nn.Sequential(nn.Conv1d(8, 8, 1))
+    report = always(single, x[0].t().contiguous().t())
+    assert [row.inputs for row in report.rows] == [("8x40 LC",)]
 
 
 def test_dense_weights_change_their_format_only_beside_a_sparse_convolution() -> None:
@@ -574,6 +589,19 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).view(-1, 256))
+
+
+def test_a_model_that_needs_ncl_keeps_its_convolutions() -> None:
+    class Flat1d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(-1, 8 * 38)
+
+    report = always(Flat1d(), NETWORKS["audio"][1])
+    assert "the model fails where its output is channels_last" in reasons(report)["conv"]
 
 
 def test_a_model_that_needs_nchw_keeps_its_convolutions() -> None:

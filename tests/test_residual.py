@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,18 @@ def dropped(self: Any, x: Tensor) -> Tensor:
     return self.act(functional.dropout(self.conv(x), 0.5, self.training) + x)
 
 
+def asks_for_the_type(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.conv(x) + x) if not isinstance(x, Tensor) else self.conv(x) - x
+
+
+def draws_a_number(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.conv(x) + x) if random.random() < 2 else x
+
+
+def draws_a_tensor(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.conv(x) + x) if torch.rand(()) < 2 else x
+
+
 def values_decide(self: Any, x: Tensor) -> Tensor:
     y = self.conv(x)
     return self.act(y + x) if y.sum() > -1e9 else y
@@ -156,6 +169,9 @@ def values_decide(self: Any, x: Tensor) -> Tensor:
         other_with_gradients,
         dropped,
         values_decide,
+        asks_for_the_type,
+        draws_a_number,
+        draws_a_tensor,
         lambda self, x: (lambda y: self.act(y + x) + y)(self.conv(x)),
         lambda self, x: (lambda y: y + y)(self.conv(x)),
         lambda self, x: self.conv(x) + 1.0,
@@ -235,6 +251,23 @@ def test_a_child_that_changes_later_is_respected() -> None:
     assert seen == [1]
     sparse.conv = dense.conv
     assert torch.equal(run(sparse, X), run(dense, X))
+
+
+def test_a_convolution_that_becomes_sparse_later_joins() -> None:
+    def body(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.other(self.act(self.conv(x))) + x)
+
+    dense = prune(Block(body)).eval()
+    model = copy.deepcopy(dense)
+    report = always(model, X, {"conv": "2:4", "*": None}, fuse="all")
+    assert [row.residual for row in report.rows] == [False, False]
+    torch.testing.assert_close(run(model, X), exact(dense, X))
+    report = always(model, X, fuse="all")
+    assert [(row.layer, row.residual, row.activation) for row in report.rows] == [
+        ("other", True, "relu")
+    ]
+    assert type(model).__mro__[1] is Block
+    torch.testing.assert_close(run(model, X), exact(dense, X))
 
 
 def test_the_class_makes_plain_objects() -> None:

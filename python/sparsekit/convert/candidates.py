@@ -44,13 +44,15 @@ class Call:
     dims: int = 0
     channels_last: bool = True
 
-    def __str__(self) -> str:
-        if self.dims == 0:
-            return f"m={self.m}"
+    @property
+    def layout(self) -> str:
+        """Of a convolution: "NHWC", "NCHW" or what corresponds to these."""
         sizes = "L" if self.dims == 1 else "HW"
         batch = "N" if len(self.shape) == self.dims + 2 else ""
-        layout = f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
-        return f"{'x'.join(map(str, self.shape))} {layout}"
+        return f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.layout}" if self.dims else f"m={self.m}"
 
 
 @dataclass

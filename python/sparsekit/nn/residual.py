@@ -74,8 +74,16 @@ def fuse_residuals(model: nn.Module) -> list[Absorbed]:
 def _rewrite(parent: nn.Module) -> list[Absorbed]:
     if not any(_free(child) for child in within_reach(parent)):
         return []
-    if not _may_be_subclassed(type(parent)):
-        return []
+    before = type(parent)
+    parent.__class__ = getattr(before, "_plain", before)
+    absorbed = _absorb(parent) if _may_be_subclassed(type(parent)) else []
+    if len(absorbed) > getattr(before, "_absorbed", 0):
+        return absorbed
+    parent.__class__ = before
+    return []
+
+
+def _absorb(parent: nn.Module) -> list[Absorbed]:
     traces = [trace(parent, training) for training in (False, True)]
     graphs = [each.graph for each in traces if each is not None and each.is_pure]
     if len(graphs) < 2 or _listing(graphs[0]) != _listing(graphs[1]):
@@ -91,7 +99,7 @@ def _rewrite(parent: nn.Module) -> list[Absorbed]:
                 absorbed.append(Absorbed(conv, match.residual is not None, match.activation))
     if absorbed:
         graph.lint()
-        _install(parent, graph)
+        _install(parent, graph, len(absorbed))
     return absorbed
 
 
@@ -295,7 +303,7 @@ def _fits(
     return list(residual.shape) == [*x.shape[: -dims - 1], filters.out_channels, *size[2 - dims :]]
 
 
-def _install(parent: nn.Module, graph: fx.Graph) -> None:
+def _install(parent: nn.Module, graph: fx.Graph, absorbed: int) -> None:
     """Give the object a subclass of its class, which differs in its forward alone."""
     kind = type(parent)
     code = graph.python_code("self")
@@ -308,6 +316,7 @@ def _install(parent: nn.Module, graph: fx.Graph) -> None:
         "__new__": _plain_new,
         "__reduce_ex__": _reduce,
         "_plain": kind,
+        "_absorbed": absorbed,
     }
     parent.__class__ = type(f"Fused{kind.__name__}", (kind,), members)
 
