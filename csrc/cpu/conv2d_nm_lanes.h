@@ -96,11 +96,9 @@ class NmPixels {
   // copies.
   Piece<T> piece(const Pixels<T>& pixels, int64_t group, int most) const {
     const int64_t tap_groups = pixels.tap_columns() / 4, whole = pixels.whole() / 4;
-    const int64_t tap = std::min(group / tap_groups, last_tap_), first = tap * tap_groups;
-    int64_t end = tap == last_tap_ ? r_.groups : first + tap_groups;
-    if (group < first + whole) end = first + whole;
-    const int64_t channel = (group - first) * 4;
-    return {pixels.tap(tap, channel), channel, int(std::min<int64_t>(most, end - group))};
+    const int64_t tap = group / tap_groups, in_tap = group % tap_groups;
+    const int64_t left = (in_tap < whole ? whole : tap_groups) - in_tap;
+    return {pixels.tap(tap, in_tap * 4), in_tap * 4, int(std::min<int64_t>(most, left))};
   }
 
   template <int... kIndex>
@@ -112,8 +110,6 @@ class NmPixels {
   const NmRows16 r_;
   const uint64_t* words_;
   const T* values_;
-  const int64_t last_tap_ =
-      call_.conv ? call_.conv->kernel_height * call_.conv->kernel_width - 1 : 0;
 };
 
 }  // namespace

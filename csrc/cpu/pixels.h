@@ -23,10 +23,10 @@ class Pixels {
   Pixels(const MatmulCall& call, int64_t columns, int64_t unit, int most)
       : call_(call), columns_(columns), unit_(unit), most_(most) {
     const int64_t taps = call.conv ? call.conv->kernel_height * call.conv->kernel_width : 1;
-    tap_columns_ = call.conv ? call.k / taps : columns;
+    tap_columns_ = columns / taps;  // with several taps k needs no padding
     const int64_t channels = call.conv ? call.conv->in_channels : call.k;
     whole_ = channels / unit * unit;
-    tail_ = std::max(tap_columns_, columns - (taps - 1) * tap_columns_) - whole_;
+    tail_ = tap_columns_ - whole_;
     thread_local Scratch addresses, numbers;
     // A pointer takes two floats; zeros come first.
     heads_ = reinterpret_cast<const T**>(addresses.get(4 * taps * most));
