@@ -254,7 +254,7 @@ def conv_packed(
     dims = filters.dims
     x, bias, residual = _autocast(data, dtype, x, bias, residual)
     batched = x.dim() == dims + 2
-    if not batched and x.dim() != dims + 1 or x.shape[-dims - 1] != filters.channels:
+    if (not batched and x.dim() != dims + 1) or x.shape[-dims - 1] != filters.channels:
         raise ValueError(_wrong_image(x, filters))
     _check_tensors(filters.op, x, data, filters.out_channels, dtype, bias, activation)
     images = x if batched and dims == 2 else _as_images(x, dims)
@@ -298,8 +298,8 @@ def _wrong_image(x: Tensor, filters: FilterShape) -> str:
     dims = filters.dims
     if x.dim() in (dims + 1, dims + 2):
         return (
-            f"{filters.op}: x has {x.shape[-dims - 1]} channels (shape {list(x.shape)}), the packed "
-            f"weight takes {filters.channels}"
+            f"{filters.op}: x has {x.shape[-dims - 1]} channels (shape {list(x.shape)}), the "
+            f"packed weight takes {filters.channels}"
         )
     sizes = "L" if dims == 1 else "H, W"
     return (
