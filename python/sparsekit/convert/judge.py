@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from statistics import median
 
 from torch import Tensor, nn
 
+from sparsekit.clock import clock, warm_up
 from sparsekit.convert.candidates import Call, Candidate
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache
+from sparsekit.nn.memory_format import put_channels_last
 from sparsekit.pack import PackedWeight
 from sparsekit.workload import ConvWorkload, LinearWorkload, Workload, kernel_for
+
+_CONVERSIONS = 9
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def judge(
     reason, lost = _reason(cases, timed, speedup)
     nchw_ms = None
     if from_nchw:
-        nchw_ms = sum(_conversion_ms(case, verdicts) for case in from_nchw)
+        nchw_ms = sum(_conversion_ms(case) for case in from_nchw)
         layout = from_nchw[0].call.layout
         reason += f"; x comes as {layout}: converting it takes {nchw_ms:.3f} ms of that"
     return Judgement(kernel, lost, reason, dense_ms, sparse_ms, speedup, nchw_ms)
@@ -114,11 +119,13 @@ def _workload(
     )
 
 
-def _conversion_ms(case: _Case, verdicts: VerdictCache) -> float:
-    """What the sparse layer would save if x came with its channels side by side."""
-    assert isinstance(case.workload, ConvWorkload)
-    beside = verdicts.judge(replace(case.workload, channels_last=True))
-    return max(0.0, verdicts.judge(case.workload).sparse_ms - beside.sparse_ms) * case.count
+def _conversion_ms(case: _Case) -> float:
+    """What bringing the channels of x side by side takes."""
+    device, x = case.workload.packed.device, case.workload.input()
+    call: Callable[[], Tensor] = lambda: put_channels_last(x, case.call.dims)  # noqa: E731
+    seconds = clock(device)
+    warm_up(call, device)
+    return median(seconds(call) for _ in range(_CONVERSIONS)) * 1e3 * case.count
 
 
 def _reason(cases: list[_Case], timed: list[Verdict], speedup: float) -> tuple[str, bool]:

@@ -30,8 +30,8 @@ class ConvertRow:
         inputs: of a convolution: shape and memory format of x in each call, e.g.
             "1x64x56x56 NHWC"; as a 2-D convolution sees it once the others are sparse, a 1-D one
             while the others are dense. Padded where the padding mode is not zeros.
-        nchw_ms: of a convolution whose x comes as NCHW: the part of `sparse_ms` that goes into
-            converting it; None when it was not measured.
+        nchw_ms: of a convolution whose x comes as NCHW: how much of `sparse_ms` goes into
+            converting it, measured by itself; None when it was not measured.
     """
 
     layer: str
