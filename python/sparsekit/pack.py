@@ -390,7 +390,7 @@ def _pack_on_gpu(
     pattern: Pattern,
     mask: Tensor | None,
     target: str,
-    filters: FilterShape | None,
+    filters: FilterShape | None = None,
 ) -> PackedWeight:
     """2:4 where it is. `converted` is the weight in the dtype of the values."""
     # The kernel chooses row by row, among the values it packs.

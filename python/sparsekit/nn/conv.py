@@ -115,6 +115,15 @@ class _SparseConv(PackedModule):
         Returns:
             `[N, out_channels, ...]`, its channels side by side.
         """
+        return conv_packed(
+            **self.arguments(x),
+            activation=self.activation,
+            residual=residual,
+            residual_first=residual_first,
+        )
+
+    def arguments(self, x: Tensor) -> dict[str, Any]:
+        """Arguments of `sparsekit.functional.conv_packed`: all but what follows the bias."""
         stride, padding, dilation = self._geometry
         filters = self.meta.filters
         assert filters is not None
@@ -123,21 +132,18 @@ class _SparseConv(PackedModule):
             sides = (left, right, top, bottom)[: 2 * self.dims]
             x = functional.pad(x, sides, mode=self.padding_mode)
             padding = (0, 0, 0, 0)
-        return conv_packed(
-            x,
-            self.packed_data,
-            filters,
-            self.meta.shape[1],
-            self.meta.dtype,
-            stride,
-            padding,
-            dilation,
-            self.bias,
-            self.activation,
-            residual,
-            residual_first,
-            self.meta.header,
-        )
+        return {
+            "x": x,
+            "data": self.packed_data,
+            "filters": filters,
+            "k": self.meta.shape[1],
+            "dtype": self.meta.dtype,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "bias": self.bias,
+            "header": self.meta.header,
+        }
 
     def extra_repr(self) -> str:
         text = (
