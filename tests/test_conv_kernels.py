@@ -126,19 +126,22 @@ def test_integers_are_exact_for_every_geometry(kernel: KernelInfo, pattern: str)
 
 @each_case
 def test_integers_are_exact_for_every_number_of_channels(kernel: KernelInfo, pattern: str) -> None:
-    for channels, rows in itertools.product((1, 3, 8, 15, 31, 40, 65), (1, 16, 65)):
-        problem = make_conv_problem(
-            (1, channels, 3, 4),
-            rows,
-            (2, 2),
-            pattern,
-            DTYPES[kernel.dtype],
-            padding=(1, 0, 0, 1),
-            integers=True,
-            seed=channels,
-        )
-        if takes(kernel, pattern, problem):
-            assert_conv2d_exact(run(kernel, pattern, problem), problem)
+    for channels, rows in itertools.product((1, 2, 3, 5, 8, 15, 31, 40, 65), (1, 16, 65)):
+        # Taps of 1x1 filters are not padded.
+        for size, stride, padding in (((2, 2), 1, (1, 0, 0, 1)), ((1, 1), 2, (0, 0, 0, 0))):
+            problem = make_conv_problem(
+                (1, channels, 3, 4),
+                rows,
+                size,
+                pattern,
+                DTYPES[kernel.dtype],
+                (stride, stride),
+                padding,
+                integers=True,
+                seed=channels,
+            )
+            if takes(kernel, pattern, problem):
+                assert_conv2d_exact(run(kernel, pattern, problem), problem)
 
 
 @each_case

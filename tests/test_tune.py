@@ -490,6 +490,12 @@ def test_models_are_refused_with_a_reason() -> None:
         sk.tune(model, m=4, example_inputs=torch.randn(1, 32))
     with pytest.raises(ValueError, match="has no sparse linear layers; convert it first"):
         sk.tune(nn.Linear(2, 2), example_inputs=torch.randn(1, 2))
+    with pytest.raises(ValueError, match="has no sparse linear layers; convert it first"):
+        sk.tune(
+            sk.nn.SparseConv1d.from_dense(nn.Conv1d(4, 4, 3)), example_inputs=torch.ones(1, 4, 5)
+        )
+    with pytest.raises(ValueError, match=r"convolution's, \[4, 4, 3\]; tune takes matrices"):
+        sk.tune(sk.pack(torch.ones(4, 4, 3), "2:4"), m=4)
     with pytest.raises(ValueError, match="no sparse layer ran on the example inputs"):
         sk.tune(model, example_inputs=torch.randn(0, 32))
     with pytest.raises(RuntimeError):

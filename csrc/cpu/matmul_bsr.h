@@ -402,6 +402,13 @@ inline std::string few_tokens_panels(const Problem& p) {
   return few_tokens(p);
 }
 
+// decode_cost_us() without its permutations.
+template <class S>
+double bsr_decode_cost_us(const Problem& p) {
+  const double steps = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
+  return std::max(weight_bytes(p) / (S::kLanes == 16 ? 22e3 : 20e3), steps / 2.4e3) / p.threads + 2;
+}
+
 // Rows that share their columns decide how many multiply-adds a cycle the loads allow.
 template <class S>
 double bsr_cost_us(const Problem& p) {

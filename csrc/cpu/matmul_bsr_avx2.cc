@@ -9,10 +9,10 @@ SK_MATMUL_AND_CONV2D(bsr_rows_f32_avx2, any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<
                      "tokens in lanes")
 SK_MATMUL_AND_CONV2D(bsr_rows_bf16_avx2, any_bsr, bsr_cost_us<Avx2>, run_bsr_fma<Avx2, bf16>,
                      "tokens in lanes, computed in f32")
-const KernelFunctions matmul_bsr_rows_f32_avx2_decode{few_tokens_panels, decode_cost_us<Avx2>,
+const KernelFunctions matmul_bsr_rows_f32_avx2_decode{few_tokens_panels, bsr_decode_cost_us<Avx2>,
                                                       run_bsr_decode<Avx2, float>,
                                                       "few tokens: rows in lanes"};
-const KernelFunctions matmul_bsr_rows_bf16_avx2_decode{few_tokens_panels, decode_cost_us<Avx2>,
+const KernelFunctions matmul_bsr_rows_bf16_avx2_decode{few_tokens_panels, bsr_decode_cost_us<Avx2>,
                                                        run_bsr_decode<Avx2, bf16>,
                                                        "few tokens: rows in lanes"};
 

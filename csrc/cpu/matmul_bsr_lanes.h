@@ -161,13 +161,15 @@ inline std::string panels_of_16(const Problem& p) {
                       p.pattern.block_rows, "x", p.pattern.block_cols);
 }
 
-// Multiply-adds of whole vectors, fewer where rows of x compete for the sets of the cache.
+// Multiply-adds of whole vectors, fewer for few tokens and where rows of x compete for the sets of the
+// cache.
 template <class S>
 double bsr_lanes_cost_us(const Problem& p) {
-  const double multiplies = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
+  const double tokens = double(p.m) + 4 * double(p.m) / std::min(double(p.m), 25.0);
+  const double multiplies = tokens * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
   const bool conflict = p.op == "matmul" && p.k * dtype_size(p.dtype) % 2048 == 0;
   const double rate = (S::kLanes == 16 ? 6.5e3 : 6e3) * (conflict ? 0.85 : 1);
-  return std::max(weight_bytes(p) / 22e3, multiplies / rate) / p.threads + 2;
+  return std::max(weight_bytes(p) / 20e3, multiplies / rate) / p.threads + 2;
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "core/parallel.h"
 #include "cpu/epilogue.h"
@@ -81,7 +82,16 @@ void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t co
       const T* rows[L];
       row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
       float* to = panel + (segment.begin - column0) * width + int64_t(i) * L;
-      for (int64_t c = 0; c < segment.end - segment.begin; c += L) {
+      int64_t c = 0;
+      if constexpr (S::kLoadsTransposed && std::is_same_v<T, float>) {
+        const bool whole = std::find(rows, rows + L, nullptr) == rows + L;
+        for (; whole && c + 4 <= segment.filled - segment.begin; c += 4) {
+          V v[4];
+          S::load_transposed(rows, c, v);
+          for (int j = 0; j < 4; ++j) S::store(to + (c + j) * width, v[j]);
+        }
+      }
+      for (; c < segment.end - segment.begin; c += L) {
         const int loaded = int(std::clamp<int64_t>(segment.filled - segment.begin - c, 0, L));
         V v[L];
         for (int t = 0; t < L; ++t) {
@@ -137,6 +147,8 @@ struct TileShape {
   // Panel floats for a column and token, times two: a pair of bf16 columns shares one.
   int64_t floats_per_column_x2;
   int64_t block_columns;  // columns of a block, the last one may be shorter
+  // Up to so many tokens that are left over fill no vector: the kernel's extra() takes them.
+  int max_extra = 0;
 };
 
 // Each block's sum starts from zero and is added to what the blocks before it gave. Many short sums
@@ -151,6 +163,28 @@ void add_block(float* acc, const typename S::V (&sum)[kVectors], bool first) {
   }
 }
 
+// Does the kernel have an extra()?
+template <class Kernel, class = void>
+constexpr bool kTakesExtra = false;
+template <class Kernel>
+constexpr bool kTakesExtra<Kernel, std::void_t<decltype(&Kernel::extra)>> = true;
+
+// acc[units][token][rows of a unit] through the epilogue.
+template <class S, class T>
+void write_extra(const MatmulCall& call, int64_t token0, int tokens, int64_t row0, int64_t row1,
+                 int64_t unit_rows, const float* acc) {
+  const Epilogue<S, T> epilogue(call);
+  for (int64_t row = row0; row < row1; row += S::kLanes) {
+    const int count = int(std::min<int64_t>(S::kLanes, row1 - row));
+    const auto bias = epilogue.bias(row, count);
+    const int64_t unit = (row - row0) / unit_rows, in_unit = (row - row0) % unit_rows;
+    for (int t = 0; t < tokens; ++t) {
+      const auto sum = S::load(acc + (unit * tokens + t) * unit_rows + in_unit);
+      epilogue.store(sum, bias, token0 + t, row, count);
+    }
+  }
+}
+
 // Kernel: compute(unit0, unit1, column0, column1, panel block, vectors, acc) adds into acc, which
 // is [rows of the units][tokens]; pack(call, token0, vectors, column0, column1, panel block) fills a
 // block of the panel.
@@ -158,10 +192,11 @@ template <class S, class T, class Kernel>
 void run_tiles(const MatmulCall& call, const Kernel& kernel) {
   constexpr int L = S::kLanes;
   const TileShape shape = kernel.shape();
-  const int64_t all_vectors = ceil_div(call.m, L);
+  const int left = int(call.m % L), extra_tokens = call.m > L && left <= shape.max_extra ? left : 0;
+  const int64_t all_vectors = ceil_div(call.m - extra_tokens, L);
   const Split split = split_work(all_vectors, shape.units, call.threads, shape.max_vectors);
   parallel_for(split.tokens * split.rows, call.threads, [&](int task) {
-    thread_local Scratch panel_memory, acc_memory;
+    thread_local Scratch panel_memory, acc_memory, extra_memory;
     const int64_t part = task / split.rows, row_part = task % split.rows;
     const int64_t vector0 = all_vectors * part / split.tokens,
                   vector1 = all_vectors * (part + 1) / split.tokens;
@@ -171,14 +206,18 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = vector0 + (vector1 - vector0) * tile / tiles;
       const int vectors = int(vector0 + (vector1 - vector0) * (tile + 1) / tiles - first);
+      const int extra = first + vectors == all_vectors ? extra_tokens : 0;
       const int64_t width = int64_t(vectors) * L;
       const int64_t column_floats_x2 = shape.floats_per_column_x2 * width;
       const int64_t acc_bytes = shape.unit_rows * width * 4;
-      const int64_t chunk = std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes);
+      const int64_t chunk =
+          std::min(unit1 - unit0, std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes));
       const bool keep = chunk < unit1 - unit0;
       const int64_t kept = keep ? shape.columns : std::min(shape.columns, shape.block_columns);
       float* panel = panel_memory.get(kept * column_floats_x2 / 2 + kAlignment);
-      float* acc = acc_memory.get(std::min(chunk, unit1 - unit0) * shape.unit_rows * width);
+      float* acc = acc_memory.get(chunk * shape.unit_rows * width);
+      float* extra_panel = extra_memory.get(extra * (kept + chunk * shape.unit_rows));
+      float* extra_acc = extra_panel + extra * kept;
       for (int64_t u0 = unit0; u0 < unit1; u0 += chunk) {
         const int64_t u1 = std::min(unit1, u0 + chunk);
         for (int64_t c0 = 0; c0 < shape.columns; c0 += shape.block_columns) {
@@ -186,9 +225,17 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
           float* block = panel + (keep ? c0 * column_floats_x2 / 2 : 0);
           if (u0 == unit0) kernel.pack(call, first * L, vectors, c0, c1, block);
           kernel.compute(u0, u1, c0, c1, block, vectors, acc);
+          if (extra == 0) continue;
+          if constexpr (kTakesExtra<Kernel>) {
+            float* extra_block = extra_panel + (keep ? c0 * extra : 0);
+            if (u0 == unit0) kernel.extra().pack(call, all_vectors * L, extra, c0, c1, extra_block);
+            kernel.extra().compute(u0, u1, c0, c1, extra_block, extra, extra_acc);
+          }
         }
         const int64_t row0 = u0 * shape.unit_rows, row1 = std::min(call.n, u1 * shape.unit_rows);
         write_out<S, T>(call, first * L, vectors, row0, row1 - row0, acc);
+        if (extra != 0)
+          write_extra<S, T>(call, all_vectors * L, extra, row0, row1, shape.unit_rows, extra_acc);
       }
     }
   });

@@ -363,8 +363,7 @@ class GpuCall(NamedTuple):
     workspace: Tensor
 
 
-@dataclass(frozen=True)
-class Conv2dShape:
+class Conv2dShape(NamedTuple):
     """Where a convolution finds its pixels: sizes as (height, width), padding as (top, left).
 
     What lies outside the image reads as zero, so the padding at the bottom and the right is
@@ -436,6 +435,8 @@ def conv2d(
     """
     batch, channels, height, width = x.shape
     image_stride, _, line_stride, pixel_stride = x.stride()
+    if width == 1:  # this stride says nothing; so, images of one pixel are the rows of a matrix
+        pixel_stride = line_stride if height > 1 else image_stride
     _C.conv2d(
         y.shape[0],
         y.shape[1],

@@ -233,10 +233,10 @@ def _conv2d(
     )
     gpu = _gpu_call(_given("conv2d", header), x.device) if x.is_cuda else None
     y = _images(x, n, out_size)
-    rows = y.permute(0, 2, 3, 1).view(-1, n)
     # What is no group's own: converted once.
     images = _pixels(x)
-    added = None if residual is None else _rows(residual.permute(0, 2, 3, 1))
+    rows = _pixel_rows(y)
+    added = None if residual is None else _pixel_rows(residual)
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     for group in range(groups):
         part = _part(images, 1, group, groups)
@@ -355,8 +355,17 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x.new_empty((m, -(-k // unit) * unit))[:, :k].copy_(rows)
 
 
+def _pixel_rows(x: Tensor) -> Tensor:
+    """Images as a matrix: a row for each pixel."""
+    batch, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided((batch * height * width, channels), (channels, 1))
+
+
 def _pixels(x: Tensor) -> Tensor:
     """Images whose channels lie side by side and whose pixels, lines and images do not overlap."""
+    if x.is_contiguous(memory_format=torch.channels_last) and x.stride(3) == x.shape[1]:
+        return x
     _, channels, height, width = x.shape
     image, channel, line, pixel = x.stride()
     step = pixel if width > 1 else channels

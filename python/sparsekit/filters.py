@@ -77,6 +77,16 @@ class FilterShape:
         return (self.out_channels, self.in_channels, *kernel)
 
     @property
+    def op(self) -> str:
+        """The function that takes them: conv1d or conv2d."""
+        return "conv1d" if self.dims == 1 else "conv2d"
+
+    @property
+    def channels(self) -> int:
+        """Input channels of all groups together."""
+        return self.in_channels * self.groups
+
+    @property
     def taps(self) -> int:
         """Positions of the kernel."""
         return self.kernel_size[0] * self.kernel_size[1]
@@ -143,6 +153,17 @@ def to_filters(matrix: Tensor, shape: FilterShape) -> Tensor:
         raise ValueError(f"filters: a matrix {list(matrix.shape)} does not hold {shape}")
     last = matrix.reshape(rows, shape.taps, -1)[:, :, : shape.in_channels]
     return last.transpose(1, 2).reshape(shape.weight_shape).contiguous()
+
+
+def to_tiles(filters: Tensor, pattern: Pattern) -> Tensor:
+    """`to_matrix` with taps that are filled up to whole tiles of the pattern and no further.
+
+    Masks are chosen and judged on it: blocks of nothing but padding would count among those that a
+    sparsity keeps.
+    """
+    shape = FilterShape.of(filters)
+    tile = pattern.k_tile if shape.taps > 1 else 1
+    return _to_matrix(filters, -(-shape.in_channels // tile) * tile)
 
 
 def detect_filters(filters: Tensor) -> Pattern | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def conv_geometry(filters: FilterShape, stride: Pair, padding: Padding, dilation
 
 def _pair(op: str, name: str, value: Pair, dims: int, least: int) -> tuple[int, int]:
     """(height, width); of a 1-D convolution the height does nothing."""
-    numbers = [value] * dims if isinstance(value, int) else list(value)
+    numbers: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
     if len(numbers) == 1:
         numbers = numbers * dims
     if len(numbers) != dims or any(
@@ -250,34 +251,26 @@ def conv_packed(
         k: columns of the packed matrix.
         padding: top, left, bottom, right.
     """
-    op, dims = f"conv{filters.dims}d", filters.dims
+    dims = filters.dims
     x, bias, residual = _autocast(data, dtype, x, bias, residual)
-    channels = filters.in_channels * filters.groups
-    if x.dim() not in (dims + 1, dims + 2):
-        sizes = "L" if dims == 1 else "H, W"
-        raise ValueError(
-            f"{op}: x has shape {list(x.shape)}, expected [N, {channels}, {sizes}], or "
-            f"[{channels}, {sizes}] for one image"
-        )
-    if x.shape[-dims - 1] != channels:
-        raise ValueError(
-            f"{op}: x has {x.shape[-dims - 1]} channels (shape {list(x.shape)}), the packed weight "
-            f"takes {channels}"
-        )
-    _check_tensors(op, x, data, filters.out_channels, dtype, bias, activation)
-    images = _as_images(x, dims)
+    batched = x.dim() == dims + 2
+    if not batched and x.dim() != dims + 1 or x.shape[-dims - 1] != filters.channels:
+        raise ValueError(_wrong_image(x, filters))
+    _check_tensors(filters.op, x, data, filters.out_channels, dtype, bias, activation)
+    images = x if batched and dims == 2 else _as_images(x, dims)
     size = _ops.conv2d_size(images.shape[2:], filters.kernel_size, stride, padding, dilation)
-    if min(size) < 1 or 0 in images.shape[2:]:
+    if size[0] < 1 or size[1] < 1 or 0 in images.shape[2:]:
         raise ValueError(
-            f"{op}: the result would be {size[0]}x{size[1]} pixels: x has {images.shape[2]}x"
-            f"{images.shape[3]}, the kernel is {filters.kernel_size[0]}x{filters.kernel_size[1]} "
-            f"with stride {stride}, dilation {dilation} and padding {padding} (top, left, bottom, "
-            "right); pass a larger x or more padding"
+            f"{filters.op}: the result would be {size[0]}x{size[1]} pixels: x has "
+            f"{images.shape[2]}x{images.shape[3]}, the kernel is {filters.kernel_size[0]}x"
+            f"{filters.kernel_size[1]} with stride {stride}, dilation {dilation} and padding "
+            f"{padding} (top, left, bottom, right); pass a larger x or more padding"
         )
     if residual is not None:
-        lead = [x.shape[0]] if x.dim() == dims + 2 else []
-        shape = [*lead, filters.out_channels, *size[2 - dims :]]
-        _check_residual(op, residual, shape, data, dtype)
+        shape = [filters.out_channels, *size[2 - dims :]]
+        if batched:
+            shape.insert(0, x.shape[0])
+        _check_residual(filters.op, residual, shape, data, dtype)
         residual = _as_images(residual, dims)
     y = _ops.conv2d_direct(
         images,
@@ -298,7 +291,21 @@ def conv_packed(
     )
     if dims == 1:
         y = y.squeeze(2)
-    return y if x.dim() == dims + 2 else y.squeeze(0)
+    return y if batched else y.squeeze(0)
+
+
+def _wrong_image(x: Tensor, filters: FilterShape) -> str:
+    dims = filters.dims
+    if x.dim() in (dims + 1, dims + 2):
+        return (
+            f"{filters.op}: x has {x.shape[-dims - 1]} channels (shape {list(x.shape)}), the packed "
+            f"weight takes {filters.channels}"
+        )
+    sizes = "L" if dims == 1 else "H, W"
+    return (
+        f"{filters.op}: x has shape {list(x.shape)}, expected [N, {filters.channels}, {sizes}], or "
+        f"[{filters.channels}, {sizes}] for one image"
+    )
 
 
 def _as_images(x: Tensor, dims: int) -> Tensor:

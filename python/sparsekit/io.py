@@ -4,7 +4,8 @@ A sparse layer `<name>` is stored as `<name>.values`, `<name>.indices` and, for 
 `<name>.crow_indices`; everything else as in the model's `state_dict()`, tied tensors once. The
 file's metadata holds `format` ("sparsekit"), `version` ("1") and, as JSON, `layers` (pattern, shape
 and dtype of each, its activation and, of a convolution, its filters), `fused` (activation modules
-that a layer applies itself) and `tied` (names that share another name's tensor).
+that a layer applies itself), `folded` (batch normalisations that weights and biases hold) and
+`tied` (names that share another name's tensor).
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
 from sparsekit.dispatch import table
 from sparsekit.filters import FilterShape
-from sparsekit.nn import FusedActivation, SparseConv1d, SparseConv2d, SparseLinear, fusion
+from sparsekit.nn import (
+    FoldedBatchNorm,
+    FusedActivation,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    fusion,
+)
+from sparsekit.nn.batchnorm import is_batchnorm
+from sparsekit.nn.memory_format import put_weights_in_nhwc
 from sparsekit.nn.packed import PackedModule
 from sparsekit.pack import DTYPES, PackedWeight
 from sparsekit.patterns import Pattern, parse_pattern
@@ -111,6 +121,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
     state: dict[str, Tensor] = {}
     layers: dict[str, LayerEntry] = {}
     fused: dict[str, str] = {}
+    folded: list[str] = []
     if isinstance(model_or_state, nn.Module):
         state.update(model_or_state.state_dict())
         for name, module in model_or_state.named_modules(remove_duplicate=False):
@@ -118,6 +129,8 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
                 layers[name] = LayerEntry.of(module.packed, module.activation)
             elif isinstance(module, FusedActivation):
                 fused[name] = module.activation
+            elif isinstance(module, FoldedBatchNorm):
+                folded.append(name)
     else:
         for name, value in model_or_state.items():
             if isinstance(value, PackedWeight):
@@ -138,6 +151,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
         "version": str(VERSION),
         "layers": json.dumps({name: entry.to_json() for name, entry in layers.items()}),
         "fused": json.dumps(fused),
+        "folded": json.dumps(folded),
         "tied": json.dumps(tied),
     }
     _write(tensors, metadata, Path(path))
@@ -209,6 +223,7 @@ class _File:
             for name, entry in self._mapping(metadata, "layers").items()
         }
         self.fused = self._mapping(metadata, "fused")
+        self.folded = self._names(metadata, "folded")
         self.tied = self._mapping(metadata, "tied")
         for name, activation in self.fused.items():
             if activation not in ACTIVATIONS[1:]:
@@ -231,6 +246,16 @@ class _File:
             value = None
         if not isinstance(value, dict):
             raise self.error(f"has damaged metadata: {key!r} is no JSON object")
+        return value
+
+    def _names(self, metadata: Mapping[str, str], key: str) -> list[str]:
+        """A list of names; files from before there was one have none."""
+        try:
+            value = json.loads(metadata.get(key, "[]"))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.error(f"has damaged metadata: {key!r} is no JSON list of names")
         return value
 
     def _layer(self, name: str, entry: Any) -> LayerEntry:
@@ -305,8 +330,10 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
     Layers that are sparse in the file become `SparseLinear`, `SparseConv1d` or `SparseConv2d`,
     packed for the device they are on, with the activations fused that were fused when the file was
     written; the dense and the sparse layer are both accepted in their place, and stride, padding
-    and dilation of a convolution are the model's. All other parameters and buffers take the
-    file's values and dtypes. The whole file is checked before the model is touched.
+    and dilation of a convolution are the model's. Batch normalisations that were folded become
+    identities, and a layer that got a bias by that gets it here. All other parameters and buffers
+    take the file's values and dtypes; dense convolutions beside sparse ones become channels_last.
+    The whole file is checked before the model is touched.
 
     Args:
         model: dense, or converted before; on a CPU or GPUs, where each layer stays.
@@ -324,7 +351,7 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
     with _open(path) as file:
         modules = dict(model.named_modules(remove_duplicate=False))
         _check_modules(modules, file)
-        state = _check_tensors(model, file)
+        state, biases = _check_tensors(model, modules, file)
         sparse: dict[int, PackedModule] = {}
         bar = tqdm(file.layers.items(), desc="load", unit="layer", delay=1, disable=not progress)
         for name, entry in bar:
@@ -342,6 +369,8 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
                     tensor.copy_(value)
                 else:
                     tensor.data = value.to(tensor.device, copy=True)
+        for name in biases:
+            _add_bias(modules[name], file.tensor(f"{name}.bias"))
         for name in file.layers:
             new = sparse[id(modules[name])]
             new.bias = modules[name].bias  # the parameter itself, whoever else holds it
@@ -349,6 +378,10 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
         for name, activation in file.fused.items():
             fused = FusedActivation(activation).train(modules[name].training)
             _replace(modules, name, fused)
+        for name in file.folded:
+            _replace(modules, name, FoldedBatchNorm.in_place_of(modules[name]))
+        if any(entry.filters for entry in file.layers.values()):
+            put_weights_in_nhwc(model)
 
 
 def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
@@ -369,6 +402,11 @@ def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
                 f"has {name!r} with groups={entry.filters.groups}, the model with "
                 f"groups={module.groups}"
             )
+    for name in file.folded:
+        module = modules.get(name) if name else None
+        if module is None or not (isinstance(module, FoldedBatchNorm) or is_batchnorm(module)):
+            got = "nothing" if module is None else f"a {type(module).__name__}"
+            raise file.error(f"folds a batch normalisation at {name!r}, the model has {got} there")
     applied = Counter(entry.activation for entry in file.layers.values())
     for name, activation in file.fused.items():
         module = modules.get(name) if name else None
@@ -381,15 +419,23 @@ def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
             raise file.error(f"fuses the {activation} at {name!r}, which does not fit the model")
 
 
-def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
-    """The model's own tensors that take a value from the file: everything but sparse weights."""
+def _check_tensors(
+    model: nn.Module, modules: Mapping[str, nn.Module], file: _File
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What takes a value from the file: the model's tensors but sparse weights and folded batch
+    normalisations; and the layers that get a bias.
+    """
     inside = {f"{name}.{part}" for name in file.layers for part in ("weight", *_PARTS)}
+    for name in file.folded:
+        own = (*modules[name]._parameters, *modules[name]._buffers)
+        inside.update(f"{name}.{part}" for part in own)
     state = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in inside
     }
-    names = file.keys() - inside
+    biases = _biases_by_folding(modules, file)
+    names = file.keys() - inside - {f"{name}.bias" for name in biases}
     missing, unexpected = sorted(state.keys() - names), sorted(names - state.keys())
     if missing or unexpected:
         raise file.error(
@@ -405,9 +451,31 @@ def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
         if tensor.device.type == "meta":
             raise ValueError(f"load: {name!r} is on the meta device; make the model on the CPU")
     for name, entry in file.layers.items():
-        if f"{name}.bias" in state and file.tensor(f"{name}.bias").dtype != entry.dtype:
+        has_bias = f"{name}.bias" in state or name in biases
+        if has_bias and file.tensor(f"{name}.bias").dtype != entry.dtype:
             raise file.error(f"has a bias of {name!r} that is not {entry.dtype}")
-    return state
+    return state, biases
+
+
+def _biases_by_folding(modules: Mapping[str, nn.Module], file: _File) -> list[str]:
+    """Layers without a bias that have one in the file, no more than batch normalisations folded."""
+    found: list[str] = []
+    names = file.keys()
+    for name, module in modules.items():
+        layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | PackedModule)
+        if layer and module._parameters.get("bias") is None and f"{name}.bias" in names:
+            rows = _weight_shape(module)[0]
+            shape = tuple(file.tensor(f"{name}.bias").shape)
+            if shape != (rows,):
+                raise file.error(f"has a bias of {name!r} of shape {list(shape)}, not {[rows]}")
+            found.append(name)
+    return found[: len(file.folded)]
+
+
+def _add_bias(layer: nn.Module, bias: Tensor) -> None:
+    weight = layer._parameters.get("weight")
+    wanted = weight is None or weight.requires_grad
+    layer.bias = nn.Parameter(bias.to(_device_of(layer), copy=True), requires_grad=wanted)
 
 
 def _places(filters: FilterShape | None) -> tuple[type[nn.Module], ...]:
@@ -469,6 +537,7 @@ class FileSummary:
         layer_bytes: bytes each sparse layer takes in the file, bias not included.
         dense: (dtype, shape) of every other tensor.
         fused: activation modules that a layer applies itself.
+        folded: batch normalisations that weights and biases hold.
         tied: names that share another name's tensor.
     """
 
@@ -479,6 +548,7 @@ class FileSummary:
     layer_bytes: dict[str, int]
     dense: dict[str, tuple[str, tuple[int, ...]]]
     fused: dict[str, str]
+    folded: list[str]
     tied: dict[str, str]
 
     def __str__(self) -> str:
@@ -502,7 +572,7 @@ class FileSummary:
             f"{self.path}: sparsekit file, version {self.version}, {self.nbytes:,} bytes",
             table(head, rows) if rows else "no sparse layers",
             f"{len(self.dense)} dense tensors, {len(self.tied)} tied names, "
-            f"{len(self.fused)} fused activations",
+            f"{len(self.fused)} fused activations, {len(self.folded)} folded batch normalisations",
         ]
         return "\n".join(lines)
 
@@ -532,5 +602,6 @@ def inspect(path: PathLike) -> FileSummary:
             layer_bytes=layer_bytes,
             dense=dense,
             fused=file.fused,
+            folded=file.folded,
             tied=file.tied,
         )

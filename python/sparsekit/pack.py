@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import _native
-from sparsekit.filters import FilterShape, detect_filters, to_filters, to_matrix
+from sparsekit.filters import FilterShape, detect_filters, to_filters, to_matrix, to_tiles
 from sparsekit.patterns import Pattern, PatternLike, detect_pattern, parse_pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -358,7 +358,7 @@ def pack(
         and _format(pattern, dtype, target, weight.device, filters) == _native.CUDA_FORMAT
     ):
         return _pack_on_gpu(weight, converted, pattern, mask, target, filters)
-    mask = _chosen_mask(weight, pattern) if mask is None else mask
+    mask = _chosen_mask(weight, pattern, filters) if mask is None else mask
     canonical = _native.compress(converted.cpu(), mask.cpu(), pattern)
     return PackedWeight.from_canonical(canonical, target, weight.device, filters)
 
@@ -379,9 +379,13 @@ def _filters(weight: Tensor, pattern: Pattern, groups: int) -> FilterShape | Non
     return filters
 
 
-def _chosen_mask(matrix: Tensor, pattern: Pattern) -> Tensor:
+def _chosen_mask(matrix: Tensor, pattern: Pattern, filters: FilterShape | None) -> Tensor:
+    if filters is not None:
+        matrix = to_tiles(to_filters(matrix, filters), pattern)
     mask = matrix != 0
-    return mask if pattern.fits(mask) else pattern.mask(matrix.abs())
+    if not pattern.fits(mask):
+        mask = pattern.mask(matrix.abs())
+    return mask if filters is None else to_matrix(to_filters(mask, filters), pattern)
 
 
 def _pack_on_gpu(
@@ -395,7 +399,7 @@ def _pack_on_gpu(
     """2:4 where it is. `converted` is the weight in the dtype of the values."""
     # The kernel chooses row by row, among the values it packs.
     if mask is None and (pattern.row_tile > 1 or converted.dtype != weight.dtype):
-        mask = _chosen_mask(weight, pattern)
+        mask = _chosen_mask(weight, pattern, filters)
     mask = None if mask is None else mask.to(weight.device)
     groups = 1 if filters is None else filters.groups
     masks = [None] * groups if mask is None else mask.chunk(groups)
@@ -426,7 +430,7 @@ def mask(weight: Tensor, pattern: PatternLike) -> Tensor:
     magnitude = checked_weight("mask", weight, _DIMS).abs()
     if magnitude.dim() == 2:
         return pattern.mask(magnitude)
-    return to_filters(pattern.mask(to_matrix(magnitude, pattern)), FilterShape.of(magnitude))
+    return to_filters(pattern.mask(to_tiles(magnitude, pattern)), FilterShape.of(magnitude))
 
 
 def detect(weight: Tensor) -> Pattern | None:

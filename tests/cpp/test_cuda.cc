@@ -379,11 +379,11 @@ void test_workspace() {
   sk_matmul_args args{};
   args.workspace = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
   args.workspace_bytes = bytes;
-  sk::check_workspace(args, device);
+  sk::check_workspace("matmul", args, device);
   const std::string expected = "matmul: expected a workspace of " + std::to_string(bytes) +
                                " bytes for device 0 (Fake GPU), got ";
   const auto refusal = [&] {
-    return message_of(kInvalid, [&] { sk::check_workspace(args, device); });
+    return message_of(kInvalid, [&] { sk::check_workspace("matmul", args, device); });
   };
   args.workspace_bytes = bytes - 1;
   CHECK(refusal() == expected + std::to_string(bytes - 1));

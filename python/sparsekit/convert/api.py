@@ -18,7 +18,6 @@ from sparsekit.convert.candidates import (
     refuse_by_structure,
 )
 from sparsekit.convert.judge import Judgement, judge
-from sparsekit.convert.memory_format import put_weights_in_nhwc
 from sparsekit.convert.report import ConvertReport, ConvertRow
 from sparsekit.convert.watch import watch
 from sparsekit.gate import VerdictCache
@@ -32,6 +31,7 @@ from sparsekit.nn import (
     fuse_residuals,
     fusion,
 )
+from sparsekit.nn.memory_format import put_weights_in_nhwc
 from sparsekit.patterns import PatternChoice, require_match, select_modules
 
 Gate = Literal["measure", "always"]
@@ -128,7 +128,8 @@ def convert(
     if example_inputs is not None:
         movable = [each for each in candidates if not each.fixed]
         if fuse or fold_batchnorm:
-            chains = fusion.find(model, [each.module for each in movable])
+            followed = [each for each in movable if fold_batchnorm or not each.reason]
+            chains = fusion.find(model, [each.module for each in followed])
         watch(model, movable, chains, example_inputs)
     for each in candidates:
         _take_in(each, chains.get(id(each.module)), fold_batchnorm)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from sparsekit import _native
-from sparsekit.filters import FilterShape, to_matrix
+from sparsekit.filters import FilterShape, to_tiles
 from sparsekit.nn import fusion
 from sparsekit.pack import DTYPES, checked_weight, detect, mask
 from sparsekit.patterns import (
@@ -42,13 +44,15 @@ class Call:
     dims: int = 0
     channels_last: bool = True
 
-    def __str__(self) -> str:
-        if self.dims == 0:
-            return f"m={self.m}"
-        sizes = "HW"[2 - self.dims :]
+    @property
+    def layout(self) -> str:
+        """Of a convolution: "NHWC", "NCHW" or what corresponds to these."""
+        sizes = "L" if self.dims == 1 else "HW"
         batch = "N" if len(self.shape) == self.dims + 2 else ""
-        layout = f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
-        return f"{'x'.join(map(str, self.shape))} {layout}"
+        return f"{batch}{sizes}C" if self.channels_last else f"{batch}C{sizes}"
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {self.layout}" if self.dims else f"m={self.m}"
 
 
 @dataclass
@@ -126,7 +130,7 @@ def refuse_by_structure(model: nn.Module, candidates: Sequence[Candidate]) -> No
 
 def _storage(tensor: Tensor) -> int:
     # A meta or empty tensor has no address; its own identity then stands for it.
-    if isinstance(tensor, nn.UninitializedParameter) or type(tensor.data) is not Tensor:
+    if is_lazy(tensor) or type(tensor.data) is not Tensor:
         return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
@@ -146,11 +150,11 @@ def _parent_reason(candidate: Candidate) -> str:
 def _module_reason(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str:
     if parametrize.is_parametrized(module):
         return "it is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
-    kind = type(module)
-    weight = module._parameters.get("weight")
-    if isinstance(weight, nn.UninitializedParameter):
+    kind: Any = type(module)
+    weight: Any = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
         return f"it is an nn.{kind.__name__} that has not run yet; run the model once first"
-    plain: type[nn.Module] = next(base for base in KINDS if isinstance(module, base))
+    plain = next(base for base in KINDS if isinstance(module, base))
     if kind is not plain:
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"it is a {name}, not a plain nn.{plain.__name__}"
@@ -211,7 +215,7 @@ def choose_pattern(candidate: Candidate, pattern: PatternChoice | None) -> None:
             except ValueError as error:
                 candidate.reason = str(error)
                 return
-            matrix = to_matrix(weight, found)
+            matrix = to_tiles(weight, found)
         if not found.fits(matrix != 0):
             # Now: batch normalisations that are folded later do not change the choice.
             candidate.mask = mask(weight, found)

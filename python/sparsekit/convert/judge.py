@@ -58,7 +58,9 @@ def judge(
     kernel = largest.workload.kernel if largest else kernel_for(packed, 1)
     from_nchw = [case for case in cases if not case.call.channels_last]
     if verdicts is None:
-        note = "; x comes as NCHW, each call converts it" if from_nchw else ""
+        note = (
+            f"; x comes as {from_nchw[0].call.layout}, each call converts it" if from_nchw else ""
+        )
         return Judgement(kernel, False, "not measured (gate='always')" + note)
     if not cases:
         return Judgement(kernel, True, "it ran on empty inputs only")
@@ -71,7 +73,8 @@ def judge(
     nchw_ms = None
     if from_nchw:
         nchw_ms = sum(_conversion_ms(case, verdicts) for case in from_nchw)
-        reason += f"; x comes as NCHW: converting it takes {nchw_ms:.3f} ms of that"
+        layout = from_nchw[0].call.layout
+        reason += f"; x comes as {layout}: converting it takes {nchw_ms:.3f} ms of that"
     return Judgement(kernel, lost, reason, dense_ms, sparse_ms, speedup, nchw_ms)
 
 

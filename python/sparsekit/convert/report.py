@@ -28,8 +28,8 @@ class ConvertRow:
         batchnorm: whether the batch normalisation after the layer was folded into it.
         residual: whether the layer adds the shortcut of its block, before the activation.
         inputs: of a convolution: shape and memory format of x in each call, e.g.
-            "1x64x56x56 NHWC"; as the layer sees it once convolutions are sparse, and padded where
-            its padding mode is not zeros.
+            "1x64x56x56 NHWC"; as a 2-D convolution sees it once the others are sparse, a 1-D one
+            while the others are dense. Padded where the padding mode is not zeros.
         nchw_ms: of a convolution whose x comes as NCHW: the part of `sparse_ms` that goes into
             converting it; None when it was not measured.
     """

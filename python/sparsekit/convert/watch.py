@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.convert.candidates import Call, Candidate
-from sparsekit.convert.memory_format import is_channels_last, put_channels_last, weights_in_nhwc
 from sparsekit.examples import run_examples
 from sparsekit.nn import fusion
+from sparsekit.nn.memory_format import is_channels_last, put_channels_last, weights_in_nhwc
 
 
 def watch(
@@ -26,7 +26,8 @@ def watch(
 
     Convolutions are shown to each other as they will be once they are sparse: with outputs and
     dense weights in channels_last, so that an input counts as NCHW only where it will be. Where the
-    model does not bear that (a `view` that needs NCHW), its convolutions stay dense.
+    model does not bear that (a `view` that needs NCHW), its convolutions stay dense. A dense 1-D
+    convolution gives NCL whatever it gets; each is therefore judged as if the others were dense.
 
     Args:
         model: is afterwards what it was.
@@ -35,11 +36,10 @@ def watch(
         example_inputs: as for `convert`.
     """
     convolutions = [each for each in candidates if each.is_conv and not each.reason]
-    seen = None
+    seen, broken = None, ""
     if convolutions:
         try:
-            nhwc = {id(each.module) for each in convolutions}
-            seen = _observe(model, candidates, chains, example_inputs, nhwc)
+            seen = _observe_sparse(model, candidates, chains, example_inputs, convolutions)
         except Exception as error:
             broken = f"the model fails where its output is channels_last: {_first_line(error)}"
     if seen is None:
@@ -77,6 +77,23 @@ class _Seen:
     calls: dict[int, Counter[Call]] = field(default_factory=dict)
     runs: Counter[int] = field(default_factory=Counter)
     readers: set[int] = field(default_factory=set)
+
+
+def _observe_sparse(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    chains: dict[int, fusion.Chain],
+    example_inputs: Any,
+    convolutions: Sequence[Candidate],
+) -> _Seen:
+    """Run the examples as if the convolutions were sparse."""
+    nhwc = {id(each.module) for each in convolutions}
+    seen = _observe(model, candidates, chains, example_inputs, nhwc)
+    flat = {id(each.module) for each in convolutions if isinstance(each.module, nn.Conv1d)}
+    if flat:
+        among_dense = _observe(model, candidates, {}, example_inputs, nhwc - flat).calls
+        seen.calls.update((key, among_dense[key]) for key in flat & among_dense.keys())
+    return seen
 
 
 def _observe(

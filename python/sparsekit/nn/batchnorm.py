@@ -46,12 +46,6 @@ def fold(layer: nn.Module, batchnorm: nn.Module) -> str:
         return "is in training mode; call model.eval() first"
     if batchnorm.running_mean is None or batchnorm.running_var is None:
         return "has no running statistics"
-    assert isinstance(layer.weight, Tensor)
-    channels = layer.weight.shape[0]
-    if batchnorm.running_mean.shape != (channels,):
-        return f"has {batchnorm.num_features} channels, the layer {channels}"
-    if batchnorm.running_mean.device != layer.weight.device:
-        return f"is on {batchnorm.running_mean.device}, the layer on {layer.weight.device}"
     if type(batchnorm) not in _PLAIN and not _acts_last(batchnorm):
         return f"is a {type(batchnorm).__qualname__}, which does something else"
     weight, bias = _folded(layer, batchnorm)

@@ -24,6 +24,7 @@ class _SparseConv(PackedModule):
     """What the two have in common."""
 
     dims: ClassVar[int]
+    _dense: ClassVar[Any]
 
     def __init__(
         self,
@@ -71,8 +72,12 @@ class _SparseConv(PackedModule):
             activation: fused after the bias.
 
         Raises:
-            ValueError: as `sparsekit.pack`.
+            ValueError: as `sparsekit.pack`, or another kind of layer.
         """
+        if not isinstance(conv, cls._dense):
+            raise ValueError(
+                f"{cls.__name__}: expected an nn.{cls._dense.__name__}, got a {type(conv).__name__}"
+            )
         packed = pack(conv.weight, pattern, mask, groups=conv.groups)
         return cls(
             packed,
@@ -84,8 +89,9 @@ class _SparseConv(PackedModule):
             activation,
         ).train(conv.training)
 
-    def _dense(self, kind: type[Any]) -> Any:
-        dense = kind(
+    def to_dense(self) -> Any:
+        """The dense layer with the same weight and bias. It does not apply `activation`."""
+        dense = self._dense(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -174,19 +180,11 @@ class SparseConv2d(_SparseConv):
     """
 
     dims = 2
-
-    def to_dense(self) -> nn.Conv2d:
-        """An `nn.Conv2d` with the same weight and bias. It does not apply `activation`."""
-        dense: nn.Conv2d = self._dense(nn.Conv2d)
-        return dense
+    _dense = nn.Conv2d
 
 
 class SparseConv1d(_SparseConv):
     """`SparseConv2d` for `[N, in_channels, L]`."""
 
     dims = 1
-
-    def to_dense(self) -> nn.Conv1d:
-        """An `nn.Conv1d` with the same weight and bias. It does not apply `activation`."""
-        dense: nn.Conv1d = self._dense(nn.Conv1d)
-        return dense
+    _dense = nn.Conv1d

@@ -74,8 +74,16 @@ def fuse_residuals(model: nn.Module) -> list[Absorbed]:
 def _rewrite(parent: nn.Module) -> list[Absorbed]:
     if not any(_free(child) for child in within_reach(parent)):
         return []
-    if not _may_be_subclassed(type(parent)):
-        return []
+    before = type(parent)
+    parent.__class__ = getattr(before, "_plain", before)
+    absorbed = _absorb(parent) if _may_be_subclassed(type(parent)) else []
+    if len(absorbed) > getattr(before, "_absorbed", 0):
+        return absorbed
+    parent.__class__ = before
+    return []
+
+
+def _absorb(parent: nn.Module) -> list[Absorbed]:
     traces = [trace(parent, training) for training in (False, True)]
     graphs = [each.graph for each in traces if each is not None and each.is_pure]
     if len(graphs) < 2 or _listing(graphs[0]) != _listing(graphs[1]):
@@ -91,7 +99,7 @@ def _rewrite(parent: nn.Module) -> list[Absorbed]:
                 absorbed.append(Absorbed(conv, match.residual is not None, match.activation))
     if absorbed:
         graph.lint()
-        _install(parent, graph)
+        _install(parent, graph, len(absorbed))
     return absorbed
 
 
@@ -178,7 +186,7 @@ def _other_summand(node: fx.Node, user: fx.Node) -> fx.Node | None:
     if first is node and isinstance(second, fx.Node) and second is not node:
         return second
     in_place = user.target in (operator.iadd, "add_")
-    if second is node and isinstance(first, fx.Node) and not in_place:
+    if second is node and isinstance(first, fx.Node) and first is not node and not in_place:
         return first
     return None
 
@@ -203,11 +211,17 @@ def _may_wait(parent: nn.Module, conv: fx.Node, match: _Match) -> bool:
     reach = _may_share_memory(parent, conv.args[0])
     node = conv
     while node is not match.at:
-        may_write = node not in match.chain and not _is_fresh(parent, node)
+        may_write = node not in match.chain and not _only_reads(parent, node)
         if may_write and any(value in reach for value in node.all_input_nodes):
             return False
         node = node.next
     return True
+
+
+def _only_reads(parent: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    return node.target in (operator.getitem, getattr) or _is_fresh(parent, node)
 
 
 def _may_share_memory(parent: nn.Module, value: Any) -> set[fx.Node]:
@@ -289,7 +303,7 @@ def _fits(
     return list(residual.shape) == [*x.shape[: -dims - 1], filters.out_channels, *size[2 - dims :]]
 
 
-def _install(parent: nn.Module, graph: fx.Graph) -> None:
+def _install(parent: nn.Module, graph: fx.Graph, absorbed: int) -> None:
     """Give the object a subclass of its class, which differs in its forward alone."""
     kind = type(parent)
     code = graph.python_code("self")
@@ -299,11 +313,18 @@ def _install(parent: nn.Module, graph: fx.Graph) -> None:
         "forward": namespace["forward"],
         "__doc__": kind.__doc__,
         "__module__": kind.__module__,
-        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
+        "__new__": _plain_new,
         "__reduce_ex__": _reduce,
         "_plain": kind,
+        "_absorbed": absorbed,
     }
     parent.__class__ = type(f"Fused{kind.__name__}", (kind,), members)
+
+
+def _plain_new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Who makes another object by `type(module)(...)` gets one of the plain class."""
+    # Without arguments it is torch.compile, which makes an empty object and copies the attributes.
+    return cls._plain(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+import random
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ class Trace:
 
     Attributes:
         graph: its graph; calls of children are its `call_module` nodes.
-        is_pure: the graph is all of it: tracing left nothing behind in the module.
+        is_pure: the graph is all of it: tracing left nothing behind in the module, and drew no
+            random number.
     """
 
     graph: fx.Graph
@@ -25,9 +28,17 @@ class Trace:
 
 
 class _Proxy(fx.Proxy):
-    """Keeps `y += x` what it is: fx's own proxy would show `y = y + x`."""
+    """A value of the graph that tells where fx's own would mislead."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # A proxy is no tensor, so isinstance() would lead a forward into the wrong branch.
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch.fx"):
+            raise TypeError("the forward asks what its input is, which a trace cannot tell")
+        return _Proxy
 
     def __iadd__(self, other: Any) -> fx.Proxy:
+        # fx would show `y = y + x`.
         proxy: fx.Proxy = self.tracer.create_proxy(
             "call_function", operator.iadd, (self, other), {}
         )
@@ -37,6 +48,9 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -55,7 +69,7 @@ def trace(parent: nn.Module, training: bool) -> Trace | None:
         plain = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         if not plain or parameter.default is not parameter.empty:
             return None
-    before = _Snapshot(parent)
+    before, drawn = _Snapshot(parent), _random_states()
     graph: fx.Graph | None = None
     try:
         parent.training = training
@@ -64,8 +78,12 @@ def trace(parent: nn.Module, training: bool) -> Trace | None:
             graph = _Tracer().trace(parent)
     except Exception:
         pass  # foreign code may fail in any way: there is no proof then
-    is_pure = before.restore()
+    is_pure = before.restore() and _random_states() == drawn
     return None if graph is None else Trace(graph, is_pure)
+
+
+def _random_states() -> tuple[Any, bytes]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
 class _Snapshot:

@@ -77,10 +77,11 @@ def prune(
         What was done to each layer, with the masks.
 
     Raises:
-        ValueError: unknown method or reconstruction, calibration missing where it is needed,
-            empty, exhausted or not made of batches, no layer to prune, a weight that is empty
-            or holds NaN or infinities: the model is as before. Inputs of a layer that hold NaN
-            or infinities, or cannot be inverted: the layers before it are pruned already.
+        ValueError: unknown method or reconstruction, a number of pixels below 1, calibration
+            missing where it is needed, empty, exhausted or not made of batches, no layer to prune,
+            a weight that is empty or holds NaN or infinities: the model is as before. Inputs of a
+            layer that hold NaN or infinities, or cannot be inverted: the layers before it are
+            pruned already.
     """
     started = time.perf_counter()
     chosen_method = _lookup(METHODS, method, "method")

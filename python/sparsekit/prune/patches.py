@@ -52,6 +52,7 @@ def patches(module: nn.Conv1d | nn.Conv2d, x: Tensor, pixels: int = PIXELS) -> I
         _pair(sizes) for sizes in (module.kernel_size, module.stride, module.dilation)
     )
     channels, taps = x.shape[1], kernel[0] * kernel[1]
+    split = (module.groups, channels // module.groups)
     borders = _borders(module)
     size = [full + sum(border) for full, border in zip(x.shape[2:], borders, strict=True)]
     height, width = size if dims == 2 else (1, *size)
@@ -74,7 +75,7 @@ def patches(module: nn.Conv1d | nn.Conv2d, x: Tensor, pixels: int = PIXELS) -> I
         corner = (image * height + row) * width + column
         for block in corner.split(max(1, _BLOCK // (taps * channels))):
             index = (block[:, None] + offset).flatten()
-            seen = flat.index_select(0, index).view(len(block), taps, module.groups, -1)
+            seen = flat.index_select(0, index).view(len(block), taps, *split)
             yield seen.permute(2, 0, 1, 3).flatten(2)
 
 

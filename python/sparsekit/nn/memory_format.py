@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def is_channels_last(x: Tensor, dims: int) -> bool:
@@ -55,7 +56,7 @@ def put_weights_in_nhwc(model: nn.Module) -> list[nn.Parameter]:
 def _is_plain(parameter: nn.Parameter | None) -> bool:
     return (
         parameter is not None
-        and not isinstance(parameter, nn.UninitializedParameter)
+        and not is_lazy(parameter)
         and type(parameter.data) is Tensor
         and parameter.layout == torch.strided
         and parameter.device.type != "meta"
