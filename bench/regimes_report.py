@@ -88,6 +88,9 @@ class Run:
     title: str = "Regimes"
 
 
+_NONE = "–"
+
+
 def _by_regime(run: Run) -> Iterable[tuple[str, int, list[Result]]]:
     threads = sorted({result.threads for result in run.results})
     for name in run.goals:
@@ -99,9 +102,6 @@ def _by_regime(run: Run) -> Iterable[tuple[str, int, list[Result]]]:
 
 def _ratio(values: Sequence[float]) -> str:
     return f"{geometric_mean(values):.2f}x" if values else _NONE
-
-
-_NONE = "–"
 
 
 def _table(

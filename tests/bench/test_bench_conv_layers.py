@@ -59,6 +59,7 @@ def test_every_path_computes_the_same(layer: ConvLayer, pattern: str) -> None:
     prepared, workload = prepare(ConvCase(layer, 2, pattern, torch.float32))
     filters = prepared.layer
     x = workload.input()
+    assert x.is_contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(
         x.double(),
         filters.weight.double(),
