@@ -20,7 +20,7 @@ struct EpilogueParams {
   int n;
   int activation;
   bool residual_first;  // before the activation
-  bool aligned;  // every row of y and residual and the bias start on 16 bytes
+  bool aligned;         // every row of y and residual and the bias start on 16 bytes
 };
 
 template <int kCount>
