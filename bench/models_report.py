@@ -26,6 +26,8 @@ class Result:
         sparse_layers: Layers that `convert` made sparse.
         layers: Layers that were pruned.
         skipped: Engines that could not run, and why.
+        peak_mib: The most memory that a process held which ran our eager engine alone.
+        dense_peak_mib: The same of torch's dense eager engine, channels_last.
     """
 
     model: str
@@ -41,6 +43,8 @@ class Result:
     sparse_layers: int
     layers: int
     skipped: dict[str, str]
+    peak_mib: float | None = None
+    dense_peak_mib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,14 @@ def summary(run: Run) -> Table:
                 f"{r.goal:.2f}x" if r.goal else "–",
                 f"{r.speedup:.2f}x" + (" (loss)" if r.speedup < 1 else ""),
                 f"{theirs / ms:.2f}x" if theirs else "–",
+                f"{r.peak_mib:.0f} ({r.dense_peak_mib:.0f})" if r.peak_mib else "–",
             )
         )
         marks.append("" if r.goal is None else "win" if r.speedup >= r.goal else "loss")
     head = (
         *("model", "pattern", "dtype", ">batch", ">threads", ">sparse layers", ">dense [ms]"),
         *("fastest dense", ">DeepSparse [ms]", ">ours [ms]", "ours", ">goal"),
-        *(">over dense", ">over DeepSparse"),
+        *(">over dense", ">over DeepSparse", ">peak MiB (dense)"),
     )
     return Table("Whole models", head, rows, marks)
 
@@ -119,7 +124,11 @@ def markdown(run: Run) -> str:
         "magnitude; `sparse layers` are those that `convert` did not keep dense. bfloat16 is "
         "compared with dense float32 engines "
         "as well. `over dense` is the fastest dense engine's time over ours in the same round, "
-        "median of the rounds.",
+        "median of the rounds. Networks of convolutions run with their batch normalisations "
+        "folded in every engine, and ours gets NHWC, as torch's `channels_last` do. `peak MiB` is "
+        "the high-water mark of the resident memory of a process that runs our eager engine "
+        "alone, beside torch's dense eager one in channels_last; what Python and the libraries "
+        "take is in both.",
         "",
     ]
     for table in (summary(run), *_engine_tables(run)):

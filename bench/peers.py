@@ -177,14 +177,14 @@ class WorkerCall:
         return seconds
 
 
-def _only_f32(name: str, weight: Tensor) -> None:
+def only_f32(name: str, weight: Tensor) -> None:
+    """Refuses a weight of another type for an engine that has float32 alone."""
     if weight.dtype != torch.float32:
-        raise Unavailable(f"{name} has no bfloat16 linear layer")
+        raise Unavailable(f"{name} has no bfloat16 layer")
 
 
-def _checked(name: str, call: WorkerCall, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
+def checked(name: str, call: WorkerCall, expected: Tensor) -> Call:
     """A fast wrong answer is no engine; only gross faults are looked for."""
-    expected = torch.nn.functional.linear(x, weight, bias)
     result = call()
     if result.shape != expected.shape:
         raise Unavailable(f"{name}: its result is {list(result.shape)}")
@@ -197,26 +197,26 @@ def _checked(name: str, call: WorkerCall, weight: Tensor, bias: Tensor, x: Tenso
 def _deepsparse(worker: Worker, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     import onnx
 
-    _only_f32("DeepSparse", weight)
+    only_f32("DeepSparse", weight)
     path = worker.folder / "linear.onnx"
     onnx.save(gemm_model(weight, bias, x.shape[0]), str(path))
     call = worker.load([x], torch.get_num_threads(), model=path)
-    return _checked("DeepSparse", call, weight, bias, x)
+    return checked("DeepSparse", call, torch.nn.functional.linear(x, weight, bias))
 
 
 def _xnnpack(worker: Worker, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
-    _only_f32("LiteRT's XNNPACK", weight)
+    only_f32("LiteRT's XNNPACK", weight)
     files = {"weight": weight, "bias": bias}
     for name, tensor in files.items():
         np.save(worker.folder / f"{name}.npy", tensor.numpy())
     paths = {name: worker.folder / f"{name}.npy" for name in files}
     call = worker.load([x], torch.get_num_threads(), **paths)
-    return _checked("XNNPACK", call, weight, bias, x)
+    return checked("XNNPACK", call, torch.nn.functional.linear(x, weight, bias))
 
 
 def _scipy(block: tuple[int, int] | None, weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     """SciPy multiplies from the left and knows one thread, whatever it is given."""
-    _only_f32("SciPy", weight)
+    only_f32("SciPy", weight)
     from scipy import sparse
 
     if block is None:

@@ -18,21 +18,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bench import isa, peers
 from bench.baselines import BASELINES, Baseline, Unavailable
 from bench.case import Case, machine, prepare, streamed_bytes
 from bench.command import add_worker_options, console, positive, size
-from bench.regimes_report import LOSS, Result, Run, save, tables
+from bench.race import add_case_options, measure_all, race, result_of
+from bench.regimes_report import Result, Run
 from bench.shapes import Shape
-from bench.timing import HOPELESS, Rivals, contenders, rounds_within, scout, timed_call
-from sparsekit import _native, gate
-from sparsekit.demo.report import rich_table
+from bench.timing import timed_call
+from sparsekit import _native
+from sparsekit.workload import LinearWorkload
 
 SIZES = (
     (384, 384),
@@ -138,8 +137,16 @@ class Job:
     threads: int
 
     @property
+    def name(self) -> str:
+        return f"{self.regime.name} {self.case.name} {self.threads}t"
+
+    @property
+    def weights(self) -> int:
+        return self.case.shape.n * self.case.shape.k
+
+    @property
     def operations(self) -> int:
-        return 2 * self.case.m * self.case.shape.n * self.case.shape.k
+        return 2 * self.case.m * self.weights
 
 
 def jobs(
@@ -206,8 +213,8 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
     Args:
         job: Which.
         baselines: What runs beside ours.
-        seconds: Budget of the timed rounds; at least three rounds are made.
-        most_rounds: And at most this many.
+        seconds: As in `race`.
+        most_rounds: As in `race`.
 
     Raises:
         AssertionError: Our result is wrong.
@@ -215,35 +222,18 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
     torch.set_num_threads(job.threads)
     case, shape = job.case, job.case.shape
     prepared = prepare(case, baselines)
-    with torch.inference_mode():
-        calls = {"ours": prepared.ours, **prepared.dense, **prepared.sparse}
-        # Apart, since all of the dense ones may be far behind the sparse ones.
-        once = scout(prepared.dense) | scout({"ours": prepared.ours, **prepared.sparse})
-        racing = {name: calls[name] for name in contenders(once, prepared.dense)}
-        # A sparse engine that is slower than dense has lost already.
-        quickest = min(once[name] for name in racing)
-        racing |= {n: c for n, c in prepared.sparse.items() if once[n] <= HOPELESS * quickest}
-        # A turn is up to five calls.
-        round_s = 5 * (once["ours"] + sum(once[name] for name in racing))
-        if job.regime.streaming:
-            racing[_READ] = reader(job.threads)
-            once[_READ] = timed_call(racing[_READ])
-            round_s += 5 * once[_READ]
-        rivals = Rivals({"ours": prepared.ours, **racing})
-        rivals.run(rounds_within(seconds, round_s, at_least=3, at_most=most_rounds))
-        medians = rivals.medians()
-        fastest = min((name for name in racing if name in prepared.dense), key=medians.__getitem__)
-        speedup = rivals.speedup("ours", fastest)
-        verdict = None
-        if speedup < LOSS:
-            verdict = gate.measure(prepared.layer.packed, case.m, prepared.layer.bias)
+    packed = prepared.layer.packed
+    workload = LinearWorkload(packed, case.m, prepared.layer.bias)
+    beside = {_READ: reader(job.threads)} if job.regime.streaming else {}
+    raced = race(prepared, workload, seconds, most_rounds, beside)
     rate = share = None
     if job.regime.streaming:
-        packed = prepared.layer.packed
-        streamed = streamed_bytes(packed.pattern, *packed.shape, packed.dtype)
-        rate = streamed / medians["ours"] / 1e9
-        share = rivals.speedup("ours", _READ) * streamed / _buffer().nbytes
-    return Result(
+        streamed = streamed_bytes(packed.pattern, *packed.matrix_shape, packed.dtype)
+        rate = streamed / raced.seconds["ours"] / 1e9
+        share = raced.rivals.speedup("ours", _READ) * streamed / _buffer().nbytes
+    return result_of(
+        prepared,
+        raced,
         regime=job.regime.name,
         pattern=case.pattern,
         dtype=_native.DTYPE_NAMES[case.dtype],
@@ -252,32 +242,9 @@ def measure(job: Job, baselines: Sequence[Baseline], seconds: float, most_rounds
         k=shape.k,
         threads=job.threads,
         counts=case.m in job.regime.rows,
-        kernel=prepared.kernel,
-        ms=medians["ours"] * 1e3,
-        speedup=speedup,
-        fastest_dense=fastest,
-        dense_ms={name: medians.get(name, once[name]) * 1e3 for name in prepared.dense},
-        peers_ms={name: medians.get(name, once[name]) * 1e3 for name in prepared.sparse},
-        unavailable=prepared.unavailable,
-        gate_speedup=verdict.speedup if verdict else None,
-        gate_keeps_dense=not verdict.wins if verdict else None,
         gbytes_per_s=rate,
         bandwidth_share=share,
     )
-
-
-def estimate(todo: Sequence[Job], seconds: float) -> list[float]:
-    """Seconds that each case will take, roughly, without sparse engines; from one dense call."""
-    torch.set_num_threads(1)
-    x, weight = torch.randn(64, 1024), torch.randn(1024, 1024)
-    rate = 2 * 64 * 1024 * 1024 / timed_call(lambda: torch.nn.functional.linear(x, weight))
-    return [
-        # Building every path; scouting, three turns of four rivals; then the budget, or three
-        # rounds of three rivals. A turn is five calls, of long calls two.
-        2e-8 * job.case.shape.n * job.case.shape.k + 0.1 + 24 * call + max(seconds, 18 * call)
-        for job in todo
-        for call in [job.operations / rate / job.threads]
-    ]
 
 
 SPARSE_PEERS = tuple(b.name for b in (*BASELINES, *peers.SCIPY) if not b.dense)
@@ -299,10 +266,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--regimes", nargs="+", default=["*"], metavar="GLOB", help="names, or globs over them")
     add("--shapes", nargs="+", type=size, default=list(SIZES), metavar="NxK")
     add("--rows", nargs="+", type=positive, metavar="M", help="only these values of m")
-    add("--threads", nargs="+", type=positive, default=[1, 2], metavar="T")
-    add("--rounds", type=positive, default=21, help="most rounds of a case")
-    add("--seconds", type=float, default=1.0, help="time budget of a case's rounds")
-    add("--isa", choices=sorted(isa.LIMITS), help="limit ours and every rival that can be")
+    add_case_options(parser)
     add(
         "--peers",
         nargs="*",
@@ -310,8 +274,6 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="sparse and foreign engines beside the dense ones; without names all of them",
     )
     add_worker_options(parser, peers.WORKERS)
-    add("--out", type=Path, default=Path("bench/results"), help="folder of the result files")
-    add("--list", action="store_true", help="print the regimes and stop")
     options = parser.parse_args(given)
     options.peers = list(known) if options.peers == [] else options.peers or []
     names = {regime.name for regime in AVX512 + AVX2}
@@ -362,32 +324,13 @@ def main(given: Sequence[str] | None = None) -> None:
             sys.exit(str(missing))
         if options.isa:
             baselines = [baseline for baseline in baselines if baseline.every_isa]
-        expected = estimate(todo, options.seconds)
-        screen.print(f"{len(todo)} cases, about {sum(expected) / 60:.0f} minutes")
-        bar = tqdm(
-            total=sum(expected),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+        measure_all(
+            todo,
+            lambda job: measure(job, baselines, options.seconds, options.rounds),
+            run,
+            options.seconds,
+            options.out,
         )
-        stack.enter_context(bar)
-        try:
-            for job, weight in zip(todo, expected, strict=True):
-                bar.set_description(f"{job.regime.name} {job.case.name} {job.threads}t")
-                try:
-                    result = measure(job, baselines, options.seconds, options.rounds)
-                    run.results.append(result)
-                except (AssertionError, NotImplementedError, Unavailable) as error:
-                    run.failures.append(f"{job.case.name}, {job.threads} threads: {error}")
-                bar.update(weight)
-        except KeyboardInterrupt:
-            run.failures.append("the run was interrupted: cases are missing")
-    for table in tables(run):
-        screen.print(rich_table(table))
-    for failure in run.failures:
-        screen.print(f"[red]{failure}[/]")
-    if run.results:
-        screen.print(f"wrote {' and '.join(map(str, save(run, options.out)))}", soft_wrap=True)
-    if run.failures:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

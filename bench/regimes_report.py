@@ -29,6 +29,7 @@ class Result:
         gate_keeps_dense: And whether it keeps the layer dense.
         gbytes_per_s: Compressed bytes over our time, where weights stream.
         bandwidth_share: The same over the measured read bandwidth.
+        layer: What m, n and k do not tell of a convolution.
     """
 
     regime: str
@@ -50,10 +51,11 @@ class Result:
     gate_keeps_dense: bool | None
     gbytes_per_s: float | None
     bandwidth_share: float | None
+    layer: str = ""
 
     @property
     def problem(self) -> str:
-        return f"{self.pattern} m={self.m} {self.n}x{self.k}"
+        return f"{self.pattern} {self.layer or f'm={self.m} {self.n}x{self.k}'}"
 
     @property
     def verdict(self) -> str:
@@ -69,19 +71,24 @@ class Run:
     """Where and when, what was promised, and what came out.
 
     Attributes:
-        goals: Goal and limit by regime.
+        goals: Goal, if there is one, and limit by regime.
         bandwidth: What the read bandwidth is.
         failures: Cases without a figure, and why.
+        title: Of the report.
     """
 
     date: str
     cpu: str
     isa: str
     torch: str
-    goals: dict[str, tuple[float, float]]
+    goals: dict[str, tuple[float | None, float]]
     bandwidth: str
     results: list[Result] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    title: str = "Regimes"
+
+
+_NONE = "–"
 
 
 def _by_regime(run: Run) -> Iterable[tuple[str, int, list[Result]]]:
@@ -94,7 +101,16 @@ def _by_regime(run: Run) -> Iterable[tuple[str, int, list[Result]]]:
 
 
 def _ratio(values: Sequence[float]) -> str:
-    return f"{geometric_mean(values):.2f}x" if values else "–"
+    return f"{geometric_mean(values):.2f}x" if values else _NONE
+
+
+def _table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()
+) -> Table:
+    """A table without the columns that nobody has an entry in."""
+    kept = [at for at in range(len(head)) if any(row[at] != _NONE for row in rows)]
+    found = [tuple(row[at] for at in kept) for row in rows]
+    return Table(title, tuple(head[at] for at in kept), found, list(marks))
 
 
 def summary(run: Run) -> Table:
@@ -113,26 +129,27 @@ def summary(run: Run) -> Table:
                 name,
                 str(threads),
                 str(len(found)),
-                f"{goal:.2f}x",
-                f"{mean:.2f}x" if counting else "–",
+                f"{goal:.2f}x" if goal else _NONE,
+                f"{mean:.2f}x" if counting else _NONE,
                 f"{limit:.2f}x",
-                f"{mean / limit:.0%}" if counting else "–",
+                f"{mean / limit:.0%}" if counting else _NONE,
                 worst.problem,
                 f"{worst.speedup:.2f}x",
                 str(len(losses)),
                 str(sum(bool(result.gate_keeps_dense) for result in losses)),
                 _ratio([r.speedup for r in found if not r.counts]),
-                f"{geometric_mean(rates):.1f}" if rates else "–",
-                f"{geometric_mean(shares):.0%}" if shares else "–",
+                f"{geometric_mean(rates):.1f}" if rates else _NONE,
+                f"{geometric_mean(shares):.0%}" if shares else _NONE,
             )
         )
-        marks.append("win" if mean >= goal else "loss" if counting else "")
+        judged = goal is not None and counting
+        marks.append(("win" if mean >= (goal or 0) else "loss") if judged else "")
     head = (
         *("regime", ">threads", ">cases", ">goal", ">mean", ">limit", ">of the limit"),
         *("worst case", ">worst", f">below {LOSS}x", ">of these kept dense", ">m=16"),
         *(">GB/s", ">of read bandwidth"),
     )
-    return Table("Regimes", head, rows, marks)
+    return _table(run.title, head, rows, marks)
 
 
 def peers(run: Run) -> Table:
@@ -147,7 +164,7 @@ def peers(run: Run) -> Table:
                 row = (name, str(threads), engine, str(len(cases)), _ratio(theirs), _ratio(ours))
                 rows.append(row)
     head = ("regime", ">threads", "engine", ">cases", ">over fastest dense", ">ours over it")
-    return Table("Sparse engines", head, rows)
+    return _table("Sparse engines", head, rows)
 
 
 def cases(run: Run) -> Table:
@@ -165,20 +182,21 @@ def cases(run: Run) -> Table:
             (
                 result.regime,
                 result.pattern,
+                result.layer or _NONE,
                 *map(str, (result.m, result.n, result.k, result.threads)),
                 f"`{result.kernel}`",
                 f"{result.ms:.3f}",
-                *(f"{others[name]:.3f}" if name in others else "–" for name in dense + sparse),
+                *(f"{others[name]:.3f}" if name in others else _NONE for name in dense + sparse),
                 f"**{result.speedup:.2f}x**" if won else f"{result.speedup:.2f}x (loss)",
                 note,
             )
         )
     head = (
-        *("regime", "pattern", ">m", ">n", ">k", ">threads", "kernel", ">ms"),
+        *("regime", "pattern", "layer", ">m", ">n", ">k", ">threads", "kernel", ">ms"),
         *(f">{name}" for name in dense + sparse),
         *(">speedup", "note"),
     )
-    return Table("Cases", head, rows)
+    return _table("Cases", head, rows)
 
 
 def tables(run: Run) -> list[Table]:
@@ -190,13 +208,14 @@ def tables(run: Run) -> list[Table]:
 def markdown(run: Run) -> str:
     """The report's text."""
     lines = [
-        f"# Regimes: {run.cpu}, {run.isa}, {run.date}",
+        f"# {run.title}: {run.cpu}, {run.isa}, {run.date}",
         "",
         f"torch {run.torch}. `speedup` is the fastest dense path's time over ours in the same "
         "round, median of the interleaved rounds; a path that is more than "
         f"{HOPELESS} times slower than the fastest dense one is given the least of {SCOUTING} "
-        "turns or fewer. `mean` is the geometric one over the cases that count, m=16 does not. Of "
-        "each case below "
+        "turns or fewer. `mean` is the geometric one over the cases that count"
+        f"{'' if all(result.counts for result in run.results) else ', m=16 does not'}. Of each "
+        "case below "
         f"{LOSS}x it is measured what `convert` would do. Our results were checked against float64 "
         "before they were timed.",
         "",
@@ -212,5 +231,5 @@ def markdown(run: Run) -> str:
 
 def save(run: Run, folder: Path) -> tuple[Path, Path]:
     """Writes the report and the figures; returns both paths."""
-    name = f"{stem(run.date, run.cpu, run.isa)}-regimes"
+    name = f"{stem(run.date, run.cpu, run.isa)}-{run.title.lower()}"
     return save_run(folder, name, markdown(run), asdict(run))

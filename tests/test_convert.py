@@ -16,8 +16,9 @@ import sparsekit as sk
 from sparsekit import gate
 from sparsekit.convert import ConvertReport
 from sparsekit.gate import Verdict
-from sparsekit.nn import FusedActivation, SparseLinear
+from sparsekit.nn import FusedActivation, PackedModule
 from sparsekit.nn.fusion import activation_name
+from sparsekit.workload import LinearWorkload, activate
 
 
 def always(model: nn.Module, inputs: Any, pattern: Any = "2:4", **options: Any) -> ConvertReport:
@@ -43,7 +44,7 @@ def run(model: nn.Module, inputs: Any) -> Tensor:
 def check_same(model: nn.Module, before: nn.Module, inputs: Any) -> None:
     """The converted model computes what the old one does with the pruned weights."""
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        if isinstance(module, PackedModule):
             before.get_submodule(name).weight.data.copy_(module.packed.to_dense())
     torch.testing.assert_close(run(model, inputs), run(before, inputs))
 
@@ -52,9 +53,10 @@ def judged(monkeypatch: pytest.MonkeyPatch, speedup: Callable[[int], float]) -> 
     """Replaces the measurement: the speed-up is a function of m."""
     seen: list[int] = []
 
-    def fake(packed: sk.PackedWeight, m: int, *_: Any) -> Verdict:
-        seen.append(m)
-        return Verdict(speedup(m), 1.0, speedup(m), "oneDNN", "kernel")
+    def fake(workload: LinearWorkload) -> Verdict:
+        seen.append(workload.m)
+        ratio = speedup(workload.m)
+        return Verdict(ratio, 1.0, ratio, "oneDNN", "kernel")
 
     monkeypatch.setattr(gate, "measure", fake)
     return seen
@@ -123,7 +125,8 @@ def test_vit() -> None:
     ).eval()
     before, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
     report = always(model, x)
-    assert len(report.sparse) == len(report.rows) == 9
+    assert len(report.sparse) == len(report.rows) == 10
+    assert "patch_embed.proj" in report.sparse
     assert fused(report) == {f"blocks.{i}.mlp.fc1": "gelu" for i in range(2)}
     check_same(model, before, x)
 
@@ -206,6 +209,7 @@ X = torch.linspace(-1, 1, 96).view(3, 32)
         (nn.GELU(), "gelu"),
         (nn.GELU("tanh"), "gelu_tanh"),
         (nn.SiLU(), "silu"),
+        (nn.ReLU6(), "relu6"),
     ],
 )
 def test_activations_that_fuse(act: nn.Module, name: str) -> None:
@@ -219,7 +223,7 @@ def test_activations_that_fuse(act: nn.Module, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "act", [nn.Tanh(), nn.LeakyReLU(), nn.ReLU6(), nn.Identity(), nn.Softmax(-1)]
+    "act", [nn.Tanh(), nn.LeakyReLU(), nn.Hardtanh(), nn.Identity(), nn.Softmax(-1)]
 )
 def test_other_activations_stay(act: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(32, 32), act)
@@ -254,7 +258,7 @@ def test_activations_of_transformers_and_timm() -> None:
     ]:
         assert activation_name(module) == name
         if name:
-            torch.testing.assert_close(module(x), gate.activate(x, name))
+            torch.testing.assert_close(module(x), activate(x, name))
 
 
 def test_an_activation_with_a_replaced_forward_is_not_fused() -> None:
@@ -274,6 +278,11 @@ def calls_layer_twice(self: Any, x: Tensor) -> Tensor:
 
 def calls_activation_twice(self: Any, x: Tensor) -> Tensor:
     return self.act(self.act(x) + self.fc(x)) + self.act(self.fc(x))
+
+
+def asks_for_the_type(self: Any, x: Tensor) -> Tensor:
+    h = self.fc(x)
+    return self.act(h) + h if isinstance(x, Tensor) else self.act(h)
 
 
 def something_between(self: Any, x: Tensor) -> Tensor:
@@ -306,6 +315,7 @@ def plain(self: Any, x: Tensor) -> Tensor:
         calls_layer_twice,
         calls_activation_twice,
         something_between,
+        asks_for_the_type,
         depends_on_training,
         depends_on_values,
         reaches_outside_the_graph,
@@ -423,6 +433,8 @@ def test_a_quantised_layer_is_left_alone() -> None:
 def test_the_model_itself_cannot_be_swapped_in_place() -> None:
     report = always(nn.Linear(32, 32), X)
     assert "it is the model itself; use SparseLinear.from_dense" in report.rows[0].reason
+    report = always(nn.Conv2d(8, 8, 3), torch.ones(1, 8, 4, 4))
+    assert "it is the model itself; use SparseConv2d.from_dense" in report.rows[0].reason
 
 
 def test_a_layer_that_does_not_run_stays() -> None:

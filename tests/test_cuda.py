@@ -30,6 +30,7 @@ from sparsekit import _native, _ops, gate
 from sparsekit._native import KernelInfo
 from sparsekit.dispatch import doctor
 from sparsekit.testing import assert_matmul_exact, make_problem, reference
+from sparsekit.workload import LinearWorkload
 
 # --- without a GPU ----------------------------------------------------------------------------
 
@@ -471,7 +472,7 @@ def test_measure_finds_no_fault(kernel: KernelInfo, pattern: str) -> None:
     problem = problem_on_gpu(kernel, pattern, 1, 256, 512, integers=False)
     packed = sk.pack(problem.weight, pattern, problem.mask)
     for m in (1, 64):
-        verdict = gate.measure(packed, m, problem.bias, "gelu")
+        verdict = gate.measure(LinearWorkload(packed, m, problem.bias, "gelu"))
         assert verdict.fault == ""
         assert verdict.dense_path == "torch"
         assert verdict.kernel in {k.name for k in KERNELS}

@@ -73,6 +73,35 @@ def test_explain_refuses_what_does_not_fit() -> None:
         sk.explain("2:4", m=-1, n=4, k=4)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "bsr16x16@0.75"])
+def test_explain_of_convolutions(pattern: str) -> None:
+    packed = sk.pack(torch.ones(64, 16, 3, 3), pattern, groups=2)
+    answer = sk.explain(packed, m=50)
+    assert (answer.op, answer.n, answer.k) == ("conv2d", 32, 144)
+    assert answer.chosen is not None
+    assert answer.chosen.kernel.startswith("conv2d_")
+    assert str(answer).startswith(f"conv2d m=50 n=32 k=144, {packed.pattern} in format")
+    reasons = {candidate.kernel: candidate.reason for candidate in answer.candidates}
+    assert "does matmul, not conv2d" in reasons["matmul_nm_f32_scalar"]
+    alone = sk.explain(pattern, m=50, n=32, k=144, op="conv2d")
+    assert alone.candidates == answer.candidates
+    # Filters of 1x1 are a matrix unless they are strided.
+    small = sk.pack(torch.ones(64, 16, 1, 1), pattern)
+    assert sk.explain(small, m=50).op == "matmul"
+    strided = sk.explain(small, m=50, op="conv2d").chosen
+    assert strided is not None
+    assert strided.kernel.startswith("conv2d_")
+
+
+def test_explain_refuses_operations_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="expected op to be 'matmul' or 'conv2d', got 'conv3d'"):
+        sk.explain("2:4", m=1, n=4, k=4, op="conv3d")
+    with pytest.raises(ValueError, match="op='conv2d', the packed weight is a matrix"):
+        sk.explain(sk.pack(torch.eye(8), "2:4"), m=1, op="conv2d")
+    with pytest.raises(ValueError, match="n=64, the packed weight has n=32"):
+        sk.explain(sk.pack(torch.ones(64, 16, 3, 3), "2:4", groups=2), m=1, n=64)
+
+
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """What a test sets here for the native library does not outlive the test."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 
 from sparsekit import patterns, prune
@@ -34,6 +35,21 @@ def test_the_guide_to_a_pruning_method(pattern: str, monkeypatch: pytest.MonkeyP
     mask = report.masks["0"]
     assert patterns.parse_pattern(pattern).fits(mask)
     assert not bool((model[0].weight != 0)[~mask].any())
+
+
+def test_the_permutation_of_a_basic_block() -> None:
+    (example,) = [block for block in code("getting_started.md") if "permute_channels" in block]
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5).double().eval()
+    for name in ("layer2", "layer3", "layer4"):
+        setattr(model, name, model.layer2[:0])  # the first stage alone: it shall be quick
+    model.fc = torch.nn.Identity()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = model(x)
+    before = model.layer1[0].conv2.weight.detach().clone()
+    exec(example, {"model": model})
+    torch.testing.assert_close(model(x), expected)
+    assert prune.kept_share(model.layer1[0].conv2.weight, "2:4") > prune.kept_share(before, "2:4")
 
 
 def test_the_guide_to_a_pattern() -> None:

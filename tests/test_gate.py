@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import sparsekit as sk
-from sparsekit import gate
+from sparsekit import _native, gate, workload
 from sparsekit.cache import warn_once
-from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, dense_paths, measure
+from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache, measure
 from sparsekit.testing import assert_matmul_close, make_problem
+from sparsekit.workload import LinearWorkload, dense_paths
 
 VERDICT = Verdict(2.0, 1.0, 2.0, "torch", "matmul_nm_f32_scalar")
 
@@ -24,8 +25,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replaces the measurement by a fixed verdict and counts the calls."""
     calls: list[int] = []
 
-    def fake(packed: sk.PackedWeight, m: int, *_: Any) -> Verdict:
-        calls.append(m)
+    def fake(layer: LinearWorkload) -> Verdict:
+        calls.append(layer.m)
         return VERDICT
 
     monkeypatch.setattr(gate, "measure", fake)
@@ -38,7 +39,7 @@ def packed() -> sk.PackedWeight:
     return sk.pack(make_problem(1, 33, 70, "2:4").weight, "2:4")
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", tuple(_native.ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_paths_compute_the_layer(dtype: torch.dtype, activation: str | None) -> None:
     problem = make_problem(9, 33, 70, "2:4", dtype)
@@ -51,7 +52,7 @@ def test_dense_paths_compute_the_layer(dtype: torch.dtype, activation: str | Non
 
 
 def test_measure_gives_positive_times_and_names(packed: sk.PackedWeight) -> None:
-    verdict = measure(packed, 4, torch.zeros(33), "gelu")
+    verdict = measure(LinearWorkload(packed, 4, torch.zeros(33), "gelu"))
     assert verdict.dense_ms > 0
     assert verdict.sparse_ms > 0
     assert verdict.speedup > 0
@@ -64,20 +65,20 @@ def test_measure_leaves_the_random_state_alone(packed: sk.PackedWeight) -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    measure(packed, 1)
+    measure(LinearWorkload(packed, 1))
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_wrong_kernel_never_wins(
     packed: sk.PackedWeight, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    right = gate.linear
-    monkeypatch.setattr(gate, "linear", lambda *arguments: right(*arguments) * 1.5)
-    verdict = measure(packed, 4)
+    right = workload.linear
+    monkeypatch.setattr(workload, "linear", lambda *arguments: right(*arguments) * 1.5)
+    verdict = measure(LinearWorkload(packed, 4))
     assert "the sparse result differs from dense by" in verdict.fault
     assert not verdict.wins
     cache = VerdictCache(tmp_path / "verdicts.json")
-    assert cache.judge(packed, 4).fault
+    assert cache.judge(LinearWorkload(packed, 4)).fault
     assert not cache.path.exists()
 
 
@@ -104,8 +105,10 @@ def test_noise_is_undecided() -> None:
 def test_verdicts_are_remembered_in_a_file(packed: sk.PackedWeight, counted: list[int]) -> None:
     cache = VerdictCache()
     assert cache.path == Path(os.environ["XDG_CACHE_HOME"]) / "sparsekit" / "verdicts.json"
-    assert cache.judge(packed, 4) == cache.judge(packed, 4) == VERDICT
-    assert VerdictCache().judge(packed, 4) == VERDICT
+    assert (
+        cache.judge(LinearWorkload(packed, 4)) == cache.judge(LinearWorkload(packed, 4)) == VERDICT
+    )
+    assert VerdictCache().judge(LinearWorkload(packed, 4)) == VERDICT
     assert counted == [4]
 
 
@@ -122,17 +125,17 @@ def test_every_property_of_a_problem_counts(
 ) -> None:
     threads = torch.get_num_threads()
     cache = VerdictCache()
-    cache.judge(packed, 4)
-    cache.judge(packed, 5)
-    cache.judge(packed, 4, torch.zeros(33))
-    cache.judge(packed, 4, None, "relu")
-    cache.judge(packed.to(torch.bfloat16), 4)
-    cache.judge(sk.pack(torch.zeros(33, 70), "1:4"), 4)
-    cache.judge(sk.pack(torch.zeros(34, 70), "2:4"), 4)
-    cache.judge(sk.pack(torch.zeros(33, 70), "2:4", target="reference"), 4)
+    cache.judge(LinearWorkload(packed, 4))
+    cache.judge(LinearWorkload(packed, 5))
+    cache.judge(LinearWorkload(packed, 4, torch.zeros(33)))
+    cache.judge(LinearWorkload(packed, 4, None, "relu"))
+    cache.judge(LinearWorkload(packed.to(torch.bfloat16), 4))
+    cache.judge(LinearWorkload(sk.pack(torch.zeros(33, 70), "1:4"), 4))
+    cache.judge(LinearWorkload(sk.pack(torch.zeros(34, 70), "2:4"), 4))
+    cache.judge(LinearWorkload(sk.pack(torch.zeros(33, 70), "2:4", target="reference"), 4))
     try:
         torch.set_num_threads(threads + 1)
-        cache.judge(packed, 4)
+        cache.judge(LinearWorkload(packed, 4))
     finally:
         torch.set_num_threads(threads)
     expected = 9 if packed.format != "nm" else 8
@@ -142,7 +145,7 @@ def test_every_property_of_a_problem_counts(
         ("machine_fingerprint", lambda device: "a third machine"),
     ):
         monkeypatch.setattr(gate, *change)
-        VerdictCache().judge(packed, 4)
+        VerdictCache().judge(LinearWorkload(packed, 4))
     assert len(counted) == expected + 2
 
 
@@ -158,17 +161,17 @@ def test_the_fingerprint_names_cpu_torch_version_and_forced_kernel(
 
 def test_two_processes_add_to_the_same_file(packed: sk.PackedWeight, counted: list[int]) -> None:
     one, two = VerdictCache(), VerdictCache()
-    one.judge(packed, 1)
-    two.judge(packed, 2)
+    one.judge(LinearWorkload(packed, 1))
+    two.judge(LinearWorkload(packed, 2))
     both = VerdictCache()
-    both.judge(packed, 1)
-    both.judge(packed, 2)
+    both.judge(LinearWorkload(packed, 1))
+    both.judge(LinearWorkload(packed, 2))
     assert counted == [1, 2]
 
 
 def valid_content(packed: sk.PackedWeight) -> str:
     cache = VerdictCache()
-    cache.judge(packed, 4)
+    cache.judge(LinearWorkload(packed, 4))
     return cache.path.read_text()
 
 
@@ -194,7 +197,7 @@ def test_a_damaged_file_is_replaced_with_one_warning(
     path.write_bytes(damage(text).encode(errors="surrogateescape"))
     with pytest.warns(RuntimeWarning, match="is damaged and will be written anew"):
         cache = VerdictCache()
-    cache.judge(packed, 4)  # a second warning would be an error
+    cache.judge(LinearWorkload(packed, 4))  # a second warning would be an error
     assert counted == [4, 4]
     assert path.read_text() == text
 
@@ -203,7 +206,7 @@ def test_another_version_is_ignored_quietly(packed: sk.PackedWeight, counted: li
     text = valid_content(packed)
     path = VerdictCache().path
     path.write_text(text.replace('"version": 1', '"version": 2'))
-    VerdictCache().judge(packed, 4)
+    VerdictCache().judge(LinearWorkload(packed, 4))
     assert counted == [4, 4]
 
 
@@ -215,10 +218,12 @@ def test_an_unwritable_folder_costs_one_warning(
     cache = VerdictCache(tmp_path / "file" / "verdicts.json")
     says = r"verdicts\.json cannot be used \(.*\); layers are measured again .* XDG_CACHE_HOME"
     with pytest.warns(RuntimeWarning, match=says):
-        assert cache.judge(packed, 1) == VERDICT
+        assert cache.judge(LinearWorkload(packed, 1)) == VERDICT
     # A second warning would be an error.
-    assert cache.judge(packed, 1) == cache.judge(packed, 2) == VERDICT
-    assert VerdictCache(cache.path).judge(packed, 3) == VERDICT
+    assert (
+        cache.judge(LinearWorkload(packed, 1)) == cache.judge(LinearWorkload(packed, 2)) == VERDICT
+    )
+    assert VerdictCache(cache.path).judge(LinearWorkload(packed, 3)) == VERDICT
     assert counted == [1, 2, 3]
 
 
@@ -227,7 +232,9 @@ def test_an_unreadable_file_costs_one_warning(
 ) -> None:
     with pytest.warns(RuntimeWarning, match="cannot be used"):
         cache = VerdictCache(tmp_path)  # a folder where the file should be
-    assert cache.judge(packed, 1) == cache.judge(packed, 1) == VERDICT
+    assert (
+        cache.judge(LinearWorkload(packed, 1)) == cache.judge(LinearWorkload(packed, 1)) == VERDICT
+    )
     assert counted == [1]
 
 
@@ -242,7 +249,7 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
-        cache.judge(packed, 5)
+        cache.judge(LinearWorkload(packed, 5))
     assert cache.path.read_text() == text
     assert [file.name for file in cache.path.parent.iterdir()] == ["verdicts.json"]
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import random
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from file_cases import Edit, assert_unchanged, edited, header_size, layers, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparsekit as sk
 from sparsekit.nn import FusedActivation, SparseLinear
-
-Edit = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
 
 class Net(nn.Module):
@@ -64,31 +59,6 @@ def path(converted: Net, tmp_path: Path) -> Path:
     path = tmp_path / "net.safetensors"
     sk.save(converted, path)
     return path
-
-
-def snapshot(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    return repr(model), {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: tuple[str, dict[str, Tensor]]) -> None:
-    assert repr(model) == before[0]
-    after = model.state_dict()
-    assert after.keys() == before[1].keys()
-    assert all(torch.equal(after[name], value) for name, value in before[1].items())
-
-
-def edited(path: Path, edit: Edit) -> Path:
-    """A copy of a file with its tensors and metadata changed."""
-    with safe_open(path, framework="pt") as handle:
-        metadata: dict[str, Any] = dict(handle.metadata())
-    for key in ("layers", "fused", "tied"):
-        metadata[key] = json.loads(metadata[key])
-    tensors = load_file(path)
-    edit(tensors, metadata)
-    other = path.with_name("edited.safetensors")
-    strings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    save_file(tensors, other, strings)
-    return other
 
 
 # --- round trips ------------------------------------------------------------------------------
@@ -288,10 +258,6 @@ def test_a_missing_folder_is_an_oserror(converted: Net, tmp_path: Path) -> None:
 # --- refusing ---------------------------------------------------------------------------------
 
 
-def layers(metadata: dict[str, Any]) -> dict[str, Any]:
-    return metadata["layers"]  # type: ignore[no-any-return]
-
-
 REFUSED: list[tuple[str, Edit, str]] = [
     ("another format", lambda t, m: m.update(format="pt"), "is no sparsekit file .*'pt'"),
     ("a future version", lambda t, m: m.update(version="2"), "has version '2', this library reads"),
@@ -373,10 +339,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         sk.inspect(tmp_path / "missing")
     with pytest.raises(IsADirectoryError):
         sk.inspect(tmp_path)
-
-
-def header_size(content: bytes) -> int:
-    return 8 + int.from_bytes(content[:8], "little")
 
 
 def test_a_file_cut_anywhere_is_refused(path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 import torch
+from kernel_cases import ACTIVATIONS, DTYPES, accepts, available, cases
 from torch import Tensor
 
 import sparsekit as sk
@@ -19,57 +19,13 @@ from sparsekit.testing import (
     make_problem,
 )
 
-PATTERNS = (
-    "1:4",
-    "2:4",
-    "4:8",
-    "2:4v4",
-    "4:8v8",
-    "2:4v16",
-    "bsr1x4@0.5",
-    "bsr4x1@0.5",
-    "bsr16x1@0.75",
-    "bsr16x16@0.75",
-    "bsr64x64@0.5",
-)
-DTYPES = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 17, 33, 64, 65, 97, 200)
-ACTIVATIONS = tuple(_native.ACTIVATIONS)
 # Around the tiles of 16, 32 and 64 rows and columns, and sizes that are multiples of nothing.
 SHAPES = ((1, 1), (15, 31), (16, 64), (17, 65), (33, 70), (64, 128), (65, 127), (97, 203))
 
 
-@functools.cache
-def holds(format: str, pattern: str, dtype: torch.dtype) -> bool:
-    """Whether a format can store a pattern."""
-    problem = make_problem(1, 64, 128, pattern, dtype)
-    canonical = _native.compress(problem.weight, problem.mask, parse_pattern(pattern))
-    try:
-        _native.pack(canonical, format)
-    except ValueError:
-        return False
-    return True
-
-
-def accepts(kernel: KernelInfo, pattern: str, m: int, n: int = 64, k: int = 128) -> bool:
-    """Whether a kernel takes a problem of its own format and dtype."""
-    dtype = DTYPES[kernel.dtype]
-    if not holds(kernel.format, pattern, dtype):
-        return False
-    candidates = _native.explain(kernel.format, parse_pattern(pattern), dtype, n, k, m)
-    return any(candidate.kernel == kernel.name and candidate.ok for candidate in candidates)
-
-
-AVAILABLE = [
-    info
-    for info in _native.kernels()
-    if info.available and info.op == "matmul" and info.device == "cpu"
-]
-CASES = [
-    (kernel, pattern)
-    for kernel, pattern in itertools.product(AVAILABLE, PATTERNS)
-    if any(accepts(kernel, pattern, m) for m in (1, 64))
-]
+AVAILABLE = available("matmul")
+CASES = cases("matmul")
 each_case = pytest.mark.parametrize(
     ("kernel", "pattern"), CASES, ids=[f"{kernel.name}-{pattern}" for kernel, pattern in CASES]
 )

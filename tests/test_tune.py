@@ -21,9 +21,10 @@ from torch import nn
 import sparsekit as sk
 from sparsekit import _native, _ops, dispatch, preferences
 from sparsekit.cache import warn_once
-from sparsekit.gate import VerdictCache, kernel_for
+from sparsekit.gate import VerdictCache
 from sparsekit.preferences import REACH, ranges
 from sparsekit.testing import make_problem
+from sparsekit.workload import LinearWorkload, kernel_for
 
 CPU = torch.device("cpu")
 
@@ -244,11 +245,11 @@ def test_a_verdict_about_another_kernel_is_not_believed(
     packed: sk.PackedWeight, another: str, times: dict[str, float]
 ) -> None:
     cache = VerdictCache()
-    before = cache.judge(packed, 4)
+    before = cache.judge(LinearWorkload(packed, 4))
     assert before.kernel == kernel_for(packed, 4)
     times[another] = 0.5
     sk.tune(packed, m=4)
-    assert cache.judge(packed, 4).kernel == another
+    assert cache.judge(LinearWorkload(packed, 4)).kernel == another
 
 
 # --- ranges of m ------------------------------------------------------------------------------
@@ -487,8 +488,14 @@ def test_models_are_refused_with_a_reason() -> None:
         sk.tune(model)
     with pytest.raises(ValueError, match="a model has its own m; leave m= out"):
         sk.tune(model, m=4, example_inputs=torch.randn(1, 32))
-    with pytest.raises(ValueError, match="has no sparse layers; convert it first"):
+    with pytest.raises(ValueError, match="has no sparse linear layers; convert it first"):
         sk.tune(nn.Linear(2, 2), example_inputs=torch.randn(1, 2))
+    with pytest.raises(ValueError, match="has no sparse linear layers; convert it first"):
+        sk.tune(
+            sk.nn.SparseConv1d.from_dense(nn.Conv1d(4, 4, 3)), example_inputs=torch.ones(1, 4, 5)
+        )
+    with pytest.raises(ValueError, match=r"convolution's, \[4, 4, 3\]; tune takes matrices"):
+        sk.tune(sk.pack(torch.ones(4, 4, 3), "2:4"), m=4)
     with pytest.raises(ValueError, match="no sparse layer ran on the example inputs"):
         sk.tune(model, example_inputs=torch.randn(0, 32))
     with pytest.raises(RuntimeError):

@@ -17,31 +17,33 @@ inline __m512i broadcast_word(const bf16* pair) {
   return _mm512_set1_epi32(word);
 }
 
-// For each 16 tokens and each pair of columns: emit(pair, vector of tokens, the 16 words).
+// For each 16 tokens and each two pairs of columns: emit(pair, counted from column0, vector of tokens,
+// the 16 words of this pair, those of the next).
 template <class Emit>
-void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                     Emit emit) {
-  for (int i = 0; i < vectors; ++i) {
-    const int64_t first = token0 + 16 * int64_t(i);
-    const int tokens = int(std::max<int64_t>(0, std::min<int64_t>(16, call.m - first)));
-    const bf16* x = static_cast<const bf16*>(call.x) + first * call.x_row_stride;
-    for (int64_t c = 0; c < columns; c += 32) {
-      const int64_t loaded = std::max<int64_t>(0, std::min<int64_t>(32, call.k - c));
-      const __mmask32 mask = loaded == 32 ? ~__mmask32(0) : (__mmask32(1) << loaded) - 1;
-      __m512 v[16];
-      for (int t = 0; t < 16; ++t) {
-        v[t] =
-            t < tokens
-                ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x + t * call.x_row_stride + c))
-                : _mm512_setzero_ps();
-      }
-      Avx512::transpose(v);
-      const int64_t pairs = std::min<int64_t>(16, (columns - c) / 2);
-      for (int64_t p = 0; p < pairs; p += 2) {
-        emit(c / 2 + p, i, _mm512_castps_si512(v[p]), _mm512_castps_si512(v[p + 1]));
+void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                     int64_t column1, Emit emit) {
+  for_segments(call, column0, column1, [&](const Segment& segment) {
+    const int64_t columns = segment.end - segment.begin;
+    for (int i = 0; i < vectors; ++i) {
+      const bf16* rows[16];
+      row_addresses(call, token0 + 16 * int64_t(i), segment, 16, rows);
+      for (int64_t c = 0; c < columns; c += 32) {
+        const int64_t loaded = std::clamp<int64_t>(segment.filled - segment.begin - c, 0, 32);
+        const __mmask32 mask = loaded == 32 ? ~__mmask32(0) : (__mmask32(1) << loaded) - 1;
+        __m512 v[16];
+        for (int t = 0; t < 16; ++t) {
+          v[t] = rows[t] ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows[t] + c))
+                         : _mm512_setzero_ps();
+        }
+        Avx512::transpose(v);
+        const int64_t pairs = std::min<int64_t>(16, (columns - c) / 2);
+        for (int64_t p = 0; p < pairs; p += 2) {
+          emit((segment.begin - column0 + c) / 2 + p, i, _mm512_castps_si512(v[p]),
+               _mm512_castps_si512(v[p + 1]));
+        }
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -41,31 +41,33 @@ inline bfloat16x8_t load_pairs_of_tokens(const float* x) {
 }
 
 // For each 4 tokens and each 8 columns (the last of them zero where they are past k): emit(first
-// pair of columns, vector of tokens, the 4 tokens' words of each of the four pairs).
+// pair of columns, counted from column0, vector of tokens, the 4 tokens' words of each of the four
+// pairs). A tap of a convolution has a multiple of 8 columns.
 template <class Emit>
-void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                     Emit emit) {
+void for_token_words(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                     int64_t column1, Emit emit) {
   constexpr int L = Neon::kLanes;
-  for (int i = 0; i < vectors; ++i) {
-    const int64_t first = token0 + int64_t(i) * L;
-    const int tokens = int(std::max<int64_t>(0, std::min<int64_t>(L, call.m - first)));
-    const bf16* x = static_cast<const bf16*>(call.x) + first * call.x_row_stride;
-    for (int64_t c = 0; c < columns; c += 2 * L) {
-      const int64_t loaded = std::max<int64_t>(0, std::min<int64_t>(2 * L, call.k - c));
-      float32x4_t v[L];
-      for (int t = 0; t < L; ++t) {
-        if (t >= tokens || loaded < 2 * L) {
-          bf16 padded[2 * L] = {};
-          if (t < tokens) std::copy_n(x + t * call.x_row_stride + c, loaded, padded);
-          v[t] = vreinterpretq_f32_u32(Neon::load_words(padded));
-        } else {
-          v[t] = vreinterpretq_f32_u32(Neon::load_words(x + t * call.x_row_stride + c));
+  for_segments(call, column0, column1, [&](const Segment& segment) {
+    for (int i = 0; i < vectors; ++i) {
+      const bf16* rows[L];
+      row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
+      for (int64_t c = 0; c < segment.end - segment.begin; c += 2 * L) {
+        const int64_t loaded = std::clamp<int64_t>(segment.filled - segment.begin - c, 0, 2 * L);
+        float32x4_t v[L];
+        for (int t = 0; t < L; ++t) {
+          if (!rows[t] || loaded < 2 * L) {
+            bf16 padded[2 * L] = {};
+            if (rows[t]) std::copy_n(rows[t] + c, loaded, padded);
+            v[t] = vreinterpretq_f32_u32(Neon::load_words(padded));
+          } else {
+            v[t] = vreinterpretq_f32_u32(Neon::load_words(rows[t] + c));
+          }
         }
+        Neon::transpose(v);
+        emit((segment.begin - column0 + c) / 2, i, v);
       }
-      Neon::transpose(v);
-      emit(c / 2, i, v);
     }
-  }
+  });
 }
 
 }  // namespace

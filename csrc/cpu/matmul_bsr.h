@@ -35,9 +35,9 @@ struct Fma {  // in f32, whatever the element type
   static typename S::V mac(Weight w, const float* x, typename S::V sum) {
     return S::fma(w, S::load(x), sum);
   }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                   float* panel) {
-    pack_tokens<S, T>(call, token0, vectors, columns, panel);
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                   int64_t column1, float* panel) {
+    pack_tokens<S, T>(call, token0, vectors, column0, column1, panel);
   }
 };
 
@@ -132,8 +132,9 @@ class BsrTileKernel {
             bsr_block_columns(h_)};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    Op::pack(call, token0, vectors, shape().columns, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    Op::pack(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t column1, const float* x,
@@ -263,8 +264,9 @@ class BsrNarrowKernel {
             segment_blocks_ * cols};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    Op::pack(call, token0, vectors, shape().columns, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    Op::pack(call, token0, vectors, column0, column1, panel);
   }
 
   void compute(int64_t unit0, int64_t unit1, int64_t column0, int64_t, const float* x, int vectors,
@@ -398,6 +400,13 @@ inline std::string few_tokens_panels(const Problem& p) {
   if (p.pattern.block_cols % 2)
     return concat("needs an even number of block columns, there are ", p.pattern.block_cols);
   return few_tokens(p);
+}
+
+// decode_cost_us() without its permutations.
+template <class S>
+double bsr_decode_cost_us(const Problem& p) {
+  const double steps = double(p.m) * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
+  return std::max(weight_bytes(p) / (S::kLanes == 16 ? 22e3 : 20e3), steps / 2.4e3) / p.threads + 2;
 }
 
 // Rows that share their columns decide how many multiply-adds a cycle the loads allow.

@@ -18,12 +18,12 @@ struct DotBf16 {
   static float32x4_t mac(WordLane w, const float* x, float32x4_t sum) {
     return dot_bf16(w, load_pairs_of_tokens(x), sum);
   }
-  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                   float* panel) {
+  static void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                   int64_t column1, float* panel) {
     const int64_t width = int64_t(vectors) * Neon::kLanes;
-    for_token_words(call, token0, vectors, columns,
+    for_token_words(call, token0, vectors, column0, column1,
                     [&](int64_t pair, int i, const float32x4_t(&words)[4]) {
-                      const int64_t count = std::min<int64_t>(4, columns / 2 - pair);
+                      const int64_t count = std::min<int64_t>(4, (column1 - column0) / 2 - pair);
                       for (int64_t p = 0; p < count; ++p)
                         vst1q_f32(panel + (pair + p) * width + int64_t(i) * 4, words[p]);
                     });
@@ -43,8 +43,7 @@ double cost_us(const Problem& p) {
 
 }  // namespace
 
-extern const KernelFunctions matmul_bsr_rows_bf16_neon_bf16;
-const KernelFunctions matmul_bsr_rows_bf16_neon_bf16{even_columns, cost_us, run_bsr<DotBf16>,
-                                                     "tokens in lanes, dot products of pairs"};
+SK_MATMUL_AND_CONV2D(bsr_rows_bf16_neon_bf16, even_columns, cost_us, run_bsr<DotBf16>,
+                     "tokens in lanes, dot products of pairs")
 
 }  // namespace sk

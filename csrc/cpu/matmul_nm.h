@@ -9,6 +9,7 @@
 #include <array>
 #include <utility>
 
+#include "cpu/nm_lanes.h"
 #include "cpu/tiles.h"
 #include "cpu/weights.h"
 #include "layout/nm_rows16.h"
@@ -103,22 +104,30 @@ constexpr int nm_rows_at_once(int share, int vectors) {
 template <class S, class T>
 class NmTileKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, T>>;
+
   explicit NmTileKernel(const PackedWeight& weight)
       : h_(*weight.header),
         r_(nm_rows16(h_)),
         words_(weight.indices<uint64_t>()),
-        values_(weight.values<T>()) {}
+        values_(weight.values<T>()),
+        extra_(weight, r_) {}
 
   int share() const { return h_.pattern.vector >= 4 ? 4 : 1; }
 
   TileShape shape() const {
+    const bool lanes = h_.pattern.kept == 2 && h_.pattern.group == 4;
     return {nm_max_vectors<S>(share()),   r_.panels, kRows16,
-            r_.groups * h_.pattern.group, 2,         kNmBlockColumns};
+            r_.groups * h_.pattern.group, 2,         kNmBlockColumns,
+            lanes ? Extra::kMost : 0};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, T>(call, token0, vectors, r_.groups * h_.pattern.group, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, T>(call, token0, vectors, column0, column1, panel);
   }
+
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -166,31 +175,12 @@ class NmTileKernel {
   NmRows16 r_;
   const uint64_t* words_;
   const T* values_;
+  Extra extra_;
 };
 
 // ---- few tokens ----
 
 constexpr int kMaxDecodeTokens = 8;
-
-// Both slots of a pair, for the rows of one half of a panel (AVX2) or all of it (AVX-512).
-template <class S>
-void load_pair(const float* values, int half, typename S::V& even, typename S::V& odd) {
-  even = S::load(values + half * S::kLanes);
-  odd = S::load(values + kRows16 + half * S::kLanes);
-}
-template <class S>
-void load_pair(const bf16* values, int half, typename S::V& even, typename S::V& odd) {
-  const auto words = S::load_words(values + half * S::kLanes * 2);
-  even = S::low_bf16(words);
-  odd = S::high_bf16(words);
-}
-
-template <class S>
-void load_pair(const f16* values, int half, typename S::V& even, typename S::V& odd) {
-  const auto words = S::load_words(values + half * S::kLanes * 2);
-  even = S::low_f16(words);
-  odd = S::high_f16(words);
-}
 
 // Short sums here too: every so many pairs of weights they move into a total.
 constexpr int kDecodeBlock = 32;

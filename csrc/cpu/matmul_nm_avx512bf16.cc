@@ -1,8 +1,8 @@
 // 2:4 in bf16 with `vdpbf16ps`: the dot product of the two weights a row kept and their activations,
 // which group_pairs.h lays side by side.
+#include "cpu/conv2d_nm_lanes.h"
 #include "cpu/dot_bf16.h"
 #include "cpu/group_pairs.h"
-#include "cpu/matmul_nm_lanes.h"
 
 namespace sk {
 namespace {
@@ -55,27 +55,66 @@ void dot_micro(const uint64_t* words, const uint8_t* pairs, const bf16* values, 
   for (int r = 0; r < kRows; ++r) add_block<Avx512, kVectors>(acc + r * kWidth, sum[r], first);
 }
 
+// Rows in the lanes (nm_lanes.h): a byte shuffle fetches a row's two activations.
+struct DotLanes {
+  using Isa = Avx512;
+  using Element = bf16;
+  using Packed = bf16;
+  static constexpr int kBlockGroups = 128;  // the result is rounded to bf16: longer sums will do
+  struct Group {
+    __m512i values, control;
+    Group(const uint64_t* words, const bf16* from, int)
+        : values(_mm512_loadu_si512(from)),
+          control(_mm512_permutexvar_epi32(Avx512::row_nibbles(words, 0), shuffle_table())) {}
+  };
+  static void mac(const Group& w, const bf16* four, __m512& even, __m512&) {
+    int64_t word;
+    std::memcpy(&word, four, 8);
+    const __m512i kept = _mm512_shuffle_epi8(_mm512_set1_epi64(word), w.control);
+    even = _mm512_dpbf16_ps(even, (__m512bh)w.values, (__m512bh)kept);
+  }
+  static bf16 convert(bf16 x) { return x; }
+
+  // Bytes of the group that a nibble position0 | position1 << 2 keeps.
+  static __m512i shuffle_table() {
+    alignas(64) static constexpr auto kTable = [] {
+      std::array<uint32_t, 16> table{};
+      for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+        const uint32_t first = 2 * (nibble & 3), second = 2 * (nibble >> 2);
+        table[nibble] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
+      }
+      return table;
+    }();
+    return _mm512_load_si512(kTable.data());
+  }
+};
+
 // The dot product's latency is higher than a multiply-add's: at least twelve independent sums.
 constexpr int rows_at_once(int vectors) { return vectors <= 3 ? 8 : 4; }
 
 class NmDotKernel {
  public:
+  using Extra = NmExtra<DotLanes>;
+
   explicit NmDotKernel(const PackedWeight& weight)
       : h_(*weight.header),
         r_(nm_rows16(h_)),
         words_(weight.indices<uint64_t>()),
-        values_(weight.values<bf16>()) {}
+        values_(weight.values<bf16>()),
+        extra_(weight, r_) {}
 
   TileShape shape() const {
     return {kMaxVectors,   r_.panels,      kRows16,
-            r_.groups * 4, kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns};
+            r_.groups * 4, kPairs * 2 / 4, share() == 4 ? 4 * kNmBlockColumns : kNmBlockColumns,
+            Extra::kMost};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
     const int64_t width = 16 * int64_t(vectors);
     const __m512i low = _mm512_set1_epi32(0xffff), high = _mm512_set1_epi32(int(0xffff0000u));
     for_token_words(
-        call, token0, vectors, r_.groups * 4, [&](int64_t pair, int i, __m512i a, __m512i b) {
+        call, token0, vectors, column0, column1, [&](int64_t pair, int i, __m512i a, __m512i b) {
           float* to = panel + pair / 2 * kPairs * width + int64_t(i) * 16;
           const __m512i a_low = _mm512_and_si512(a, low), a_high = _mm512_srli_epi32(a, 16);
           const __m512i b_low = _mm512_slli_epi32(b, 16), b_high = _mm512_and_si512(b, high);
@@ -88,6 +127,8 @@ class NmDotKernel {
           for (int p = 0; p < kPairs; ++p) _mm512_storeu_si512(to + p * width, words[p]);
         });
   }
+
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -128,44 +169,10 @@ class NmDotKernel {
   NmRows16 r_;
   const uint64_t* words_;
   const bf16* values_;
+  Extra extra_;
 };
 
 void run(const MatmulCall& call) { run_tiles<Avx512, bf16>(call, NmDotKernel(call.weight)); }
-
-// ---- rows in the lanes (matmul_nm_lanes.h): a byte shuffle fetches a row's two activations ----
-
-struct DotLanes {
-  using Isa = Avx512;
-  using Element = bf16;
-  using Packed = bf16;
-  static constexpr int kBlockGroups = 128;  // the result is rounded to bf16: longer sums will do
-  struct Group {
-    __m512i values, control;
-    Group(const uint64_t* words, const bf16* from, int)
-        : values(_mm512_loadu_si512(from)),
-          control(_mm512_permutexvar_epi32(Avx512::row_nibbles(words, 0), shuffle_table())) {}
-  };
-  static void mac(const Group& w, const bf16* four, __m512& even, __m512&) {
-    int64_t word;
-    std::memcpy(&word, four, 8);
-    const __m512i kept = _mm512_shuffle_epi8(_mm512_set1_epi64(word), w.control);
-    even = _mm512_dpbf16_ps(even, (__m512bh)w.values, (__m512bh)kept);
-  }
-  static bf16 convert(bf16 x) { return x; }
-
-  // Bytes of the group that a nibble position0 | position1 << 2 keeps.
-  static __m512i shuffle_table() {
-    alignas(64) static constexpr auto kTable = [] {
-      std::array<uint32_t, 16> table{};
-      for (uint32_t nibble = 0; nibble < 16; ++nibble) {
-        const uint32_t first = 2 * (nibble & 3), second = 2 * (nibble >> 2);
-        table[nibble] = first | (first + 1) << 8 | second << 16 | (second + 1) << 24;
-      }
-      return table;
-    }();
-    return _mm512_load_si512(kTable.data());
-  }
-};
 
 // A pair of columns an instruction; laying out six words for four columns costs more than a copy.
 double cost_us(const Problem& p) {
@@ -174,15 +181,22 @@ double cost_us(const Problem& p) {
 }
 // A shuffle and a dot product for two columns.
 double dot_lanes_cost_us(const Problem& p) { return lanes_cost_us<Avx512>(p, 7.8); }
+// Vectors of rows that share their positions gain more with tokens in the lanes.
+double dot_pixels_cost_us(const Problem& p) {
+  return lanes_cost_us<Avx512>(p, p.pattern.vector >= 4 ? 6.8 : 7.8);
+}
 
 }  // namespace
 
-extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16;
-const KernelFunctions matmul_nm_rows16_bf16_avx512bf16{only_2_of_4, cost_us, run,
-                                                       "tokens in lanes, dot products of pairs"};
+SK_MATMUL_AND_CONV2D(nm_rows16_bf16_avx512bf16, only_2_of_4, cost_us, run,
+                     "tokens in lanes, dot products of pairs")
 extern const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes;
 const KernelFunctions matmul_nm_rows16_bf16_avx512bf16_lanes{
     only_2_of_4, dot_lanes_cost_us, run_nm_lanes<DotLanes>,
     "rows in lanes, a shuffle for each dot product"};
+
+extern const KernelFunctions conv2d_nm_rows16_bf16_avx512bf16_lanes;
+const KernelFunctions conv2d_nm_rows16_bf16_avx512bf16_lanes{
+    only_2_of_4, dot_pixels_cost_us, NmPixels<DotLanes>::run, "rows in lanes"};
 
 }  // namespace sk

@@ -12,69 +12,15 @@
 //         write out                    epilogue; the rows lie side by side in y
 #pragma once
 #include "cpu/matmul_nm.h"
+#include "cpu/nm_lanes.h"
 
 namespace sk {
 namespace {
-
-// The multiply in f32, whatever the element type T. An Op names
-//   Packed        element of the packed x
-//   Group         what a group of a panel holds, for the rows of one register
-//   kBlockGroups  groups of a block, for which each sum starts anew: 64 terms in f32
-template <class S, class T>
-struct FmaLanes {
-  using Isa = S;
-  using Element = T;
-  using Packed = float;
-  static constexpr int kBlockGroups = 32;
-  struct Group {
-    typename S::V even, odd;
-    typename S::I first, second;
-    Group(const uint64_t* words, const T* values, int part) {
-      load_pair<S>(values, part, even, odd);
-      first = S::row_nibbles(words, part);
-      second = S::shift_right_2(first);
-    }
-  };
-  // Two sums, so that one multiply-add need not wait for the other.
-  static void mac(const Group& w, const float* four, typename S::V& even, typename S::V& odd) {
-    even = S::fma(w.even, S::pick4(four, w.first), even);
-    odd = S::fma(w.odd, S::pick4(four, w.second), odd);
-  }
-  static float convert(T x) { return to_float(x); }
-};
 
 // Tokens of a tile: one sum each, beside the weights and what the shuffles need.
 template <class S>
 constexpr int lanes_max_tokens() {
   return S::kRegisters == 32 ? 16 : 8;
-}
-
-// total[token][row] += W[16 rows][..] x for a block of groups; x is [group][token][4].
-template <class Op, int kTokens>
-void lanes_micro(const uint64_t* words, const typename Op::Element* values, int groups,
-                 const typename Op::Packed* x, float* total, bool first) {
-  using S = typename Op::Isa;
-  constexpr int kSums = kTokens < 4 ? 2 : 1;
-  for (int part = 0; part < kRows16 / S::kLanes; ++part) {
-    typename S::V sum[kTokens][kSums];
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 2
-      for (auto& v : sum[t]) v = S::zero();
-    }
-    const auto* from = x;
-    for (int g = 0; g < groups; ++g, from += 4 * kTokens) {
-      const typename Op::Group w(words + g, values + g * 2 * kRows16, part);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) Op::mac(w, from + 4 * t, sum[t][0], sum[t][kSums - 1]);
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      float* to = total + t * kRows16 + part * S::kLanes;
-      const auto v = kSums == 1 ? sum[t][0] : S::add(sum[t][0], sum[t][kSums - 1]);
-      S::store(to, first ? v : S::add(S::load(to), v));
-    }
-  }
 }
 
 // Tokens [first, last) of x as [group][token][4], columns past k as zeros.

@@ -17,16 +17,14 @@ double decode_us(const Problem& p) { return neon_decode_cost_us(p, 2, 3 + neon_c
 
 }  // namespace
 
-extern const KernelFunctions matmul_nm_rows16_f32_neon, matmul_nm_rows16_bf16_neon,
-    matmul_nm_rows16_f16_neon, matmul_nm_rows16_f32_neon_pairs, matmul_nm_rows16_f32_neon_decode,
-    matmul_nm_rows16_bf16_neon_decode, matmul_nm_rows16_f16_neon_decode;
+extern const KernelFunctions matmul_nm_rows16_f32_neon_decode, matmul_nm_rows16_bf16_neon_decode,
+    matmul_nm_rows16_f16_neon_decode;
 
-const KernelFunctions matmul_nm_rows16_f32_neon{any_nm, cost_us, run_nm<Neon, float>,
-                                                "tokens in lanes"};
-const KernelFunctions matmul_nm_rows16_bf16_neon{any_nm, cost_us, run_nm<Neon, bf16>,
-                                                 "tokens in lanes, computed in f32"};
-const KernelFunctions matmul_nm_rows16_f16_neon{any_nm, cost_us, run_nm<Neon, f16>,
-                                                "tokens in lanes, computed in f32"};
+SK_MATMUL_AND_CONV2D(nm_rows16_f32_neon, any_nm, cost_us, run_nm<Neon, float>, "tokens in lanes")
+SK_MATMUL_AND_CONV2D(nm_rows16_bf16_neon, any_nm, cost_us, run_nm<Neon, bf16>,
+                     "tokens in lanes, computed in f32")
+SK_MATMUL_AND_CONV2D(nm_rows16_f16_neon, any_nm, cost_us, run_nm<Neon, f16>,
+                     "tokens in lanes, computed in f32")
 const KernelFunctions matmul_nm_rows16_f32_neon_decode{
     few_tokens, decode_us, run_nm_decode<Neon, float>, "few tokens: rows in lanes"};
 const KernelFunctions matmul_nm_rows16_bf16_neon_decode{
@@ -34,7 +32,7 @@ const KernelFunctions matmul_nm_rows16_bf16_neon_decode{
 const KernelFunctions matmul_nm_rows16_f16_neon_decode{
     few_tokens, decode_us, run_nm_decode<Neon, f16>, "few tokens: rows in lanes"};
 
-const KernelFunctions matmul_nm_rows16_f32_neon_pairs{only_with_pairs, pairs_us, run_nm_pairs<Neon>,
-                                                      "tokens in lanes, two rows share loads"};
+SK_MATMUL_AND_CONV2D(nm_rows16_f32_neon_pairs, only_with_pairs, pairs_us, run_nm_pairs<Neon>,
+                     "tokens in lanes, two rows share loads")
 
 }  // namespace sk

@@ -54,11 +54,13 @@ class NmDotKernel {
     return {kMaxVectors, r_.panels, kRows16, r_.groups * 4, kPairs * 2 / 4, kNmBlockColumns};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
     const int64_t width = int64_t(vectors) * Neon::kLanes;
-    for_token_words(call, token0, vectors, r_.groups * 4,
+    for_token_words(call, token0, vectors, column0, column1,
                     [&](int64_t pair, int i, const float32x4_t(&words)[4]) {
-                      const int64_t groups = std::min<int64_t>(2, r_.groups - pair / 2);
+                      const int64_t groups =
+                          std::min<int64_t>(2, (column1 - column0) / 4 - pair / 2);
                       for (int64_t g = 0; g < groups; ++g) {
                         store_pairs(words[2 * g], words[2 * g + 1], width,
                                     panel + (pair / 2 + g) * kPairs * width + int64_t(i) * 4);
@@ -121,8 +123,7 @@ double cost_us(const Problem& p) {
 
 }  // namespace
 
-extern const KernelFunctions matmul_nm_rows16_bf16_neon_bf16;
-const KernelFunctions matmul_nm_rows16_bf16_neon_bf16{only_2_of_4, cost_us, run,
-                                                      "tokens in lanes, dot products of pairs"};
+SK_MATMUL_AND_CONV2D(nm_rows16_bf16_neon_bf16, only_2_of_4, cost_us, run,
+                     "tokens in lanes, dot products of pairs")
 
 }  // namespace sk

@@ -60,19 +60,25 @@ void pair_micro(const uint8_t* list, int shared, int alone, const float* values,
 template <class S>
 class NmPairsKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, float>>;
+
   explicit NmPairsKernel(const PackedWeight& weight)
       : r_(nm_rows16(*weight.header)),
         blocks_(ceil_div(weight.header->k, kPairColumns)),
         lists_(weight.section<uint8_t>(weight.header->order_offset)),
-        values_(weight.values<float>()) {}
+        values_(weight.values<float>()),
+        extra_(weight, r_) {}
 
   TileShape shape() const {
-    return {nm_max_vectors<S>(1), r_.panels, kRows16, r_.groups * 4, 2, kPairColumns};
+    return {nm_max_vectors<S>(1), r_.panels, kRows16, r_.groups * 4, 2, kPairColumns, Extra::kMost};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, float>(call, token0, vectors, r_.groups * 4, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
+
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -105,6 +111,7 @@ class NmPairsKernel {
   int64_t blocks_;
   const uint8_t* lists_;
   const float* values_;
+  Extra extra_;
 };
 
 template <class S>

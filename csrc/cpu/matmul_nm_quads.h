@@ -82,21 +82,27 @@ void quad_micro(const QuadList& list, const float* values, const float* x, float
 template <class S>
 class NmQuadsKernel {
  public:
+  using Extra = NmExtra<FmaLanes<S, float>>;
+
   explicit NmQuadsKernel(const PackedWeight& weight)
       : r_(nm_rows16(*weight.header)),
         blocks_(ceil_div(weight.header->k, kQuadColumns)),
         lists_(weight.section<QuadList>(weight.header->order_offset)),
-        values_(weight.values<float>()) {}
+        values_(weight.values<float>()),
+        extra_(weight, r_) {}
 
   TileShape shape() const {
     // A block of x is to leave room in L1 for the weights and sums that pass by.
     const int vectors = cpu_info().l1d_bytes < 48 << 10 ? 5 : kMaxVectors;
-    return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns};
+    return {vectors, r_.panels, kRows16, r_.groups * 4, 2, kQuadColumns, Extra::kMost};
   }
 
-  void pack(const MatmulCall& call, int64_t token0, int vectors, float* panel) const {
-    pack_tokens<S, float>(call, token0, vectors, r_.groups * 4, panel);
+  void pack(const MatmulCall& call, int64_t token0, int vectors, int64_t column0, int64_t column1,
+            float* panel) const {
+    pack_tokens<S, float>(call, token0, vectors, column0, column1, panel);
   }
+
+  const Extra& extra() const { return extra_; }
 
   void compute(int64_t panel0, int64_t panel1, int64_t column0, int64_t column1, const float* x,
                int vectors, float* acc) const {
@@ -127,6 +133,7 @@ class NmQuadsKernel {
   int64_t blocks_;
   const QuadList* lists_;
   const float* values_;
+  Extra extra_;
 };
 
 template <class S>

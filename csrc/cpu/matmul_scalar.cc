@@ -58,15 +58,16 @@ class X {
     const sk_conv2d_shape& s = *call_.conv;
     const int64_t tap_columns = call_.k / (s.kernel_height * s.kernel_width);
     const int64_t tap = column / tap_columns, channel = column % tap_columns;
-    const int64_t image = row / (s.out_height * s.out_width), pixel = row % (s.out_height * s.out_width);
+    const int64_t image = row / (s.out_height * s.out_width),
+                  pixel = row % (s.out_height * s.out_width);
     const int64_t line = pixel / s.out_width * s.stride_height - s.padding_top +
                          tap / s.kernel_width * s.dilation_height;
     const int64_t place = pixel % s.out_width * s.stride_width - s.padding_left +
                           tap % s.kernel_width * s.dilation_width;
     const bool inside = line >= 0 && line < s.in_height && place >= 0 && place < s.in_width;
     if (!inside || channel >= s.in_channels) return 0;
-    return to_float(x_[image * s.x_image_stride + line * s.x_line_stride + place * s.x_pixel_stride +
-                       channel]);
+    return to_float(
+        x_[image * s.x_image_stride + line * s.x_line_stride + place * s.x_pixel_stride + channel]);
   }
 
  private:
@@ -108,8 +109,7 @@ void run_bsr(const MatmulCall& call) {
       for (int64_t b = call.weight.crow()[br]; b < call.weight.crow()[br + 1]; ++b) {
         const T* values = call.weight.values<T>() + (b * rows + j % rows) * cols;
         const int64_t col0 = columns[b] * cols, width = std::min(cols, call.k - col0);
-        for (int64_t c = 0; c < width; ++c)
-          sum += double(to_float(values[c])) * x(i, col0 + c);
+        for (int64_t c = 0; c < width; ++c) sum += double(to_float(values[c])) * x(i, col0 + c);
       }
       finish<T>(call, i, j, sum);
     }
@@ -127,9 +127,9 @@ constexpr const char* kAbout = "reference, for any CPU";
 
 }  // namespace
 
-#define SK_SCALAR(op, dtype, T)                                                            \
-  extern const KernelFunctions op##_nm_##dtype##_scalar, op##_bsr_##dtype##_scalar;        \
-  const KernelFunctions op##_nm_##dtype##_scalar{anything, cost_us, run_nm<T>, kAbout};    \
+#define SK_SCALAR(op, dtype, T)                                                         \
+  extern const KernelFunctions op##_nm_##dtype##_scalar, op##_bsr_##dtype##_scalar;     \
+  const KernelFunctions op##_nm_##dtype##_scalar{anything, cost_us, run_nm<T>, kAbout}; \
   const KernelFunctions op##_bsr_##dtype##_scalar{anything, cost_us, run_bsr<T>, kAbout};
 SK_SCALAR(matmul, f32, float)
 SK_SCALAR(matmul, bf16, bf16)

@@ -12,6 +12,7 @@ namespace {  // each file that includes this has its own flags; nothing of it ma
 struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kRegisters = 16;
+  static constexpr bool kLoadsTransposed = false;
   using V = __m256;
   using I = __m256i;
 

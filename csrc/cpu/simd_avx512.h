@@ -74,6 +74,26 @@ struct Avx512 {
     return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
   }
 
+  // to[c] lane r = rows[r][column + c]. Loads of four columns, each into its place, leave half of
+  // transpose()'s shuffles.
+  static constexpr bool kLoadsTransposed = true;
+  static void load_transposed(const float* const (&rows)[16], int64_t column, V (&to)[4]) {
+    V v[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto four = [&](int r) { return _mm_loadu_ps(rows[i + r] + column); };
+      v[i] = _mm512_castps128_ps512(four(0));
+      v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x00f0, four(4));
+      v[i] = _mm512_mask_broadcast_f32x4(v[i], 0x0f00, four(8));
+      v[i] = _mm512_mask_broadcast_f32x4(v[i], 0xf000, four(12));
+    }
+    const V low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]),
+            low23 = _mm512_unpacklo_ps(v[2], v[3]), high23 = _mm512_unpackhi_ps(v[2], v[3]);
+    to[0] = unpack_pairs<false>(low01, low23);
+    to[1] = unpack_pairs<true>(low01, low23);
+    to[2] = unpack_pairs<false>(high01, high23);
+    to[3] = unpack_pairs<true>(high01, high23);
+  }
+
   // v[i] lane j <-> v[j] lane i.
   static void transpose(V v[16]) {
     V t[16];

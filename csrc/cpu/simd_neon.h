@@ -16,6 +16,7 @@ namespace {  // simd_avx2.h: nothing of it may be shared between files of differ
 struct Neon {
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 32;
+  static constexpr bool kLoadsTransposed = false;
   using V = float32x4_t;
   using I = uint32x4_t;
 

@@ -1,13 +1,15 @@
-// How a matmul with many tokens runs on a CPU: tokens lie in the lanes.
+// How a matmul with many tokens runs on a CPU: tokens lie in the lanes. So does a convolution, whose
+// tokens are output pixels (rows.h finds their columns).
 //
 // A tile of `vectors` x lanes tokens is transposed once into a panel x[column][token], so that one
 // weight, broadcast, meets a whole vector of activations: no shuffles, whatever the pattern. For
 // each chunk of rows of W and each block of columns that fits the cache, a kernel adds to
 // acc[row][token]; after the last block the sums are transposed back and go through the epilogue.
 //
-//   for each tile of tokens        its panel is built once (k x tokens)
+//   for each tile of tokens
 //     for each chunk of rows       acc stays in L2
 //       for each block of columns  the panel's block stays in L1 (or L2: the kernel says)
+//         pack(...)                for the first chunk; the panel is kept whole if there are others
 //         compute(...)
 //       write out                  transpose, epilogue, store
 //
@@ -18,9 +20,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "core/parallel.h"
 #include "cpu/epilogue.h"
+#include "cpu/rows.h"
 
 namespace sk {
 namespace {
@@ -65,33 +69,44 @@ inline Split split_work(int64_t token_vectors, int64_t row_units, int threads, i
   return best;
 }
 
-// x[token][column] to the panel [column][token] in f32; tokens past m and columns past k are zero.
+// Columns [column0, column1) of x to the panel [column][token] in f32; tokens past m and columns past
+// k are zero.
 template <class S, class T>
-void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t columns,
-                 float* panel) {
+void pack_tokens(const MatmulCall& call, int64_t token0, int vectors, int64_t column0,
+                 int64_t column1, float* panel) {
   using V = typename S::V;
   constexpr int L = S::kLanes;
   const int64_t width = int64_t(vectors) * L;
-  for (int i = 0; i < vectors; ++i) {
-    const int64_t first = token0 + int64_t(i) * L;
-    const int tokens = int(std::max<int64_t>(0, std::min<int64_t>(L, call.m - first)));
-    const T* x = static_cast<const T*>(call.x) + first * call.x_row_stride;
-    for (int64_t c = 0; c < columns; c += L) {
-      const int loaded = int(std::max<int64_t>(0, std::min<int64_t>(L, call.k - c)));
-      V v[L];
-      for (int t = 0; t < L; ++t) {
-        if (t >= tokens || loaded == 0) {
-          v[t] = S::zero();
-        } else {
-          const T* from = x + t * call.x_row_stride + c;
-          v[t] = loaded == L ? S::load(from) : S::load(from, loaded);
+  for_segments(call, column0, column1, [&](const Segment& segment) {
+    for (int i = 0; i < vectors; ++i) {
+      const T* rows[L];
+      row_addresses(call, token0 + int64_t(i) * L, segment, L, rows);
+      float* to = panel + (segment.begin - column0) * width + int64_t(i) * L;
+      int64_t c = 0;
+      if constexpr (S::kLoadsTransposed && std::is_same_v<T, float>) {
+        const bool whole = std::find(rows, rows + L, nullptr) == rows + L;
+        for (; whole && c + 4 <= segment.filled - segment.begin; c += 4) {
+          V v[4];
+          S::load_transposed(rows, c, v);
+          for (int j = 0; j < 4; ++j) S::store(to + (c + j) * width, v[j]);
         }
       }
-      S::transpose(v);
-      const int stored = int(std::min<int64_t>(L, columns - c));
-      for (int t = 0; t < stored; ++t) S::store(panel + (c + t) * width + int64_t(i) * L, v[t]);
+      for (; c < segment.end - segment.begin; c += L) {
+        const int loaded = int(std::clamp<int64_t>(segment.filled - segment.begin - c, 0, L));
+        V v[L];
+        for (int t = 0; t < L; ++t) {
+          if (!rows[t] || loaded == 0) {
+            v[t] = S::zero();
+          } else {
+            v[t] = loaded == L ? S::load(rows[t] + c) : S::load(rows[t] + c, loaded);
+          }
+        }
+        S::transpose(v);
+        const int stored = int(std::min<int64_t>(L, segment.end - segment.begin - c));
+        for (int t = 0; t < stored; ++t) S::store(to + (c + t) * width, v[t]);
+      }
     }
-  }
+  });
 }
 
 // acc[row][token] for `rows` rows of W from row0 on: back to [token][row], epilogue, out.
@@ -117,6 +132,12 @@ void write_out(const MatmulCall& call, int64_t token0, int vectors, int64_t row0
   }
 }
 
+// Whoever takes x block by block takes pixels as well as rows of a matrix: one table for two operations.
+#define SK_MATMUL_AND_CONV2D(id, ...)                    \
+  extern const KernelFunctions matmul_##id, conv2d_##id; \
+  const KernelFunctions matmul_##id{__VA_ARGS__};        \
+  const KernelFunctions conv2d_##id{__VA_ARGS__};
+
 // What run_tiles needs of a kernel.
 struct TileShape {
   int max_vectors;    // tile width in vectors of tokens
@@ -126,6 +147,8 @@ struct TileShape {
   // Panel floats for a column and token, times two: a pair of bf16 columns shares one.
   int64_t floats_per_column_x2;
   int64_t block_columns;  // columns of a block, the last one may be shorter
+  // Up to so many tokens that are left over fill no vector: the kernel's extra() takes them.
+  int max_extra = 0;
 };
 
 // Each block's sum starts from zero and is added to what the blocks before it gave. Many short sums
@@ -140,16 +163,40 @@ void add_block(float* acc, const typename S::V (&sum)[kVectors], bool first) {
   }
 }
 
+// Does the kernel have an extra()?
+template <class Kernel, class = void>
+constexpr bool kTakesExtra = false;
+template <class Kernel>
+constexpr bool kTakesExtra<Kernel, std::void_t<decltype(&Kernel::extra)>> = true;
+
+// acc[units][token][rows of a unit] through the epilogue.
+template <class S, class T>
+void write_extra(const MatmulCall& call, int64_t token0, int tokens, int64_t row0, int64_t row1,
+                 int64_t unit_rows, const float* acc) {
+  const Epilogue<S, T> epilogue(call);
+  for (int64_t row = row0; row < row1; row += S::kLanes) {
+    const int count = int(std::min<int64_t>(S::kLanes, row1 - row));
+    const auto bias = epilogue.bias(row, count);
+    const int64_t unit = (row - row0) / unit_rows, in_unit = (row - row0) % unit_rows;
+    for (int t = 0; t < tokens; ++t) {
+      const auto sum = S::load(acc + (unit * tokens + t) * unit_rows + in_unit);
+      epilogue.store(sum, bias, token0 + t, row, count);
+    }
+  }
+}
+
 // Kernel: compute(unit0, unit1, column0, column1, panel block, vectors, acc) adds into acc, which
-// is [rows of the units][tokens]; pack(call, token0, vectors, panel) fills the panel.
+// is [rows of the units][tokens]; pack(call, token0, vectors, column0, column1, panel block) fills a
+// block of the panel.
 template <class S, class T, class Kernel>
 void run_tiles(const MatmulCall& call, const Kernel& kernel) {
   constexpr int L = S::kLanes;
   const TileShape shape = kernel.shape();
-  const int64_t all_vectors = ceil_div(call.m, L);
+  const int left = int(call.m % L), extra_tokens = call.m > L && left <= shape.max_extra ? left : 0;
+  const int64_t all_vectors = ceil_div(call.m - extra_tokens, L);
   const Split split = split_work(all_vectors, shape.units, call.threads, shape.max_vectors);
   parallel_for(split.tokens * split.rows, call.threads, [&](int task) {
-    thread_local Scratch panel_memory, acc_memory;
+    thread_local Scratch panel_memory, acc_memory, extra_memory;
     const int64_t part = task / split.rows, row_part = task % split.rows;
     const int64_t vector0 = all_vectors * part / split.tokens,
                   vector1 = all_vectors * (part + 1) / split.tokens;
@@ -159,22 +206,36 @@ void run_tiles(const MatmulCall& call, const Kernel& kernel) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = vector0 + (vector1 - vector0) * tile / tiles;
       const int vectors = int(vector0 + (vector1 - vector0) * (tile + 1) / tiles - first);
+      const int extra = first + vectors == all_vectors ? extra_tokens : 0;
       const int64_t width = int64_t(vectors) * L;
       const int64_t column_floats_x2 = shape.floats_per_column_x2 * width;
-      float* panel = panel_memory.get(shape.columns * column_floats_x2 / 2 + kAlignment);
-      kernel.pack(call, first * L, vectors, panel);
-
       const int64_t acc_bytes = shape.unit_rows * width * 4;
-      const int64_t chunk = std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes);
-      float* acc = acc_memory.get(std::min(chunk, unit1 - unit0) * shape.unit_rows * width);
+      const int64_t chunk =
+          std::min(unit1 - unit0, std::max<int64_t>(1, cpu_info().l2_bytes / 4 / acc_bytes));
+      const bool keep = chunk < unit1 - unit0;
+      const int64_t kept = keep ? shape.columns : std::min(shape.columns, shape.block_columns);
+      float* panel = panel_memory.get(kept * column_floats_x2 / 2 + kAlignment);
+      float* acc = acc_memory.get(chunk * shape.unit_rows * width);
+      float* extra_panel = extra_memory.get(extra * (kept + chunk * shape.unit_rows));
+      float* extra_acc = extra_panel + extra * kept;
       for (int64_t u0 = unit0; u0 < unit1; u0 += chunk) {
         const int64_t u1 = std::min(unit1, u0 + chunk);
         for (int64_t c0 = 0; c0 < shape.columns; c0 += shape.block_columns) {
-          kernel.compute(u0, u1, c0, std::min(shape.columns, c0 + shape.block_columns),
-                         panel + c0 * column_floats_x2 / 2, vectors, acc);
+          const int64_t c1 = std::min(shape.columns, c0 + shape.block_columns);
+          float* block = panel + (keep ? c0 * column_floats_x2 / 2 : 0);
+          if (u0 == unit0) kernel.pack(call, first * L, vectors, c0, c1, block);
+          kernel.compute(u0, u1, c0, c1, block, vectors, acc);
+          if (extra == 0) continue;
+          if constexpr (kTakesExtra<Kernel>) {
+            float* extra_block = extra_panel + (keep ? c0 * extra : 0);
+            if (u0 == unit0) kernel.extra().pack(call, all_vectors * L, extra, c0, c1, extra_block);
+            kernel.extra().compute(u0, u1, c0, c1, extra_block, extra, extra_acc);
+          }
         }
         const int64_t row0 = u0 * shape.unit_rows, row1 = std::min(call.n, u1 * shape.unit_rows);
         write_out<S, T>(call, first * L, vectors, row0, row1 - row0, acc);
+        if (extra != 0)
+          write_extra<S, T>(call, all_vectors * L, extra, row0, row1, shape.unit_rows, extra_acc);
       }
     }
   });

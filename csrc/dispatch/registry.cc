@@ -167,9 +167,9 @@ void check_shape(const sk_matmul_args& a, const sk_conv2d_shape& s) {
   const int64_t line = check_stride("x_line_stride", s.x_line_stride, s.in_height,
                                     (s.in_width - 1) * pixel + s.in_channels);
   SK_REQUIRE(line < (int64_t{1} << 60) / s.in_height, "conv2d: x is larger than the address space");
-  const int64_t image = check_stride("x_image_stride", s.x_image_stride, s.batch,
-                                     (s.in_height - 1) * line + (s.in_width - 1) * pixel +
-                                         s.in_channels);
+  const int64_t image =
+      check_stride("x_image_stride", s.x_image_stride, s.batch,
+                   (s.in_height - 1) * line + (s.in_width - 1) * pixel + s.in_channels);
   SK_REQUIRE(image < (int64_t{1} << 60) / s.batch, "conv2d: x is larger than the address space");
 }
 
@@ -193,9 +193,9 @@ void run(const char* op, const sk_matmul_args& a, const sk_conv2d_shape* conv, c
              ": expected device_type cpu (0) or cuda (1), got ", a.device_type);
   const bool on_gpu = a.device_type == SK_CUDA;
   PackedHeader copy;  // of a weight on a GPU
-  const PackedWeight weight = on_gpu ? open_on_gpu(op, a.weight, a.weight_bytes, "weight_header",
-                                                   a.weight_header, copy)
-                                     : open_packed(a.weight, a.weight_bytes);
+  const PackedWeight weight =
+      on_gpu ? open_on_gpu(op, a.weight, a.weight_bytes, "weight_header", a.weight_header, copy)
+             : open_packed(a.weight, a.weight_bytes);
   const PackedHeader& h = *weight.header;
   check_arguments(op, a, h);
   if (conv) check_shape(a, *conv);

@@ -286,9 +286,8 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t weight, int64_t weight_bytes, uintptr_t y, int64_t y_row_stride,
            uintptr_t bias, uintptr_t residual, int64_t residual_row_stride, bool residual_first,
            int activation, int threads, const char* kernel, const std::optional<Gpu>& gpu) {
-          run(matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y,
-                          y_row_stride, bias, residual, residual_row_stride, residual_first,
-                          activation, threads),
+          run(matmul_args(rows, n, k, dtype, x, x_row_stride, weight, weight_bytes, y, y_row_stride,
+                          bias, residual, residual_row_stride, residual_first, activation, threads),
               nullptr, gpu, kernel);
         });
   m.def("conv2d",

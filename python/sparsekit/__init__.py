@@ -7,7 +7,7 @@ import torch
 from sparsekit import nn, preferences
 from sparsekit.convert import ConvertReport, convert
 from sparsekit.dispatch import TuneReport, explain, kernels, tune
-from sparsekit.functional import linear
+from sparsekit.functional import conv1d, conv2d, linear
 from sparsekit.io import FileSummary, inspect, load, save
 from sparsekit.pack import PackedWeight, detect, mask, pack
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
@@ -28,6 +28,8 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "TuneReport",
+    "conv1d",
+    "conv2d",
     "convert",
     "detect",
     "explain",

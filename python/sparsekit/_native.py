@@ -316,17 +316,29 @@ def unpack_cuda(
     return dense
 
 
-def default_format(pattern: Pattern, dtype: torch.dtype, target: str = "auto") -> str:
+def default_format(
+    pattern: Pattern, dtype: torch.dtype, target: str = "auto", op: str = "matmul"
+) -> str:
     """The format whose kernel is the best here.
 
     Args:
         target: "auto" or "cpu" for this CPU, "reference" for the canonical layout, "cuda" or
             "cuda:<index>" for a GPU ("cuda" without any: for compute capability 8.0).
+        op: "matmul" or "conv2d".
 
     Raises:
         NotImplementedError: no kernel on a GPU takes the pattern; with each kernel's reason.
     """
-    return str(_C.default_format(_encode_pattern(pattern), _encode_dtype(dtype), target))
+    code, number = _encode_pattern(pattern), _encode_dtype(dtype)
+    format = str(_C.default_format(code, number, target))
+    if op == "matmul" or target.startswith("cuda"):
+        return format
+    # The format that is the best for a matmul need not have a kernel for convolutions; the
+    # canonical one does. The size is any that fills a machine.
+    answers = explain(format, pattern, dtype, n=1024, k=1024, m=256, op=op)
+    return (
+        format if any(a.ok for a in answers) else str(_C.default_format(code, number, "reference"))
+    )
 
 
 def target_of(device: torch.device) -> str:
@@ -351,8 +363,7 @@ class GpuCall(NamedTuple):
     workspace: Tensor
 
 
-@dataclass(frozen=True)
-class Conv2dShape:
+class Conv2dShape(NamedTuple):
     """Where a convolution finds its pixels: sizes as (height, width), padding as (top, left).
 
     What lies outside the image reads as zero, so the padding at the bottom and the right is
@@ -424,6 +435,8 @@ def conv2d(
     """
     batch, channels, height, width = x.shape
     image_stride, _, line_stride, pixel_stride = x.stride()
+    if width == 1:  # this stride says nothing; so, images of one pixel are the rows of a matrix
+        pixel_stride = line_stride if height > 1 else image_stride
     _C.conv2d(
         y.shape[0],
         y.shape[1],

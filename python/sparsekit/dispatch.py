@@ -54,6 +54,7 @@ class Explanation:
         k: in_features.
         device: where weight and activations are.
         candidates: all kernels of the registry; at most one is `chosen`.
+        op: "matmul" or "conv2d".
     """
 
     pattern: Pattern
@@ -64,6 +65,7 @@ class Explanation:
     k: int
     device: torch.device
     candidates: tuple[Candidate, ...]
+    op: str = "matmul"
 
     @property
     def chosen(self) -> Candidate | None:
@@ -84,8 +86,8 @@ class Explanation:
             for candidate in order
         ]
         head = (
-            f"matmul m={self.m} n={self.n} k={self.k}, {self.pattern} in format {self.format!r}, "
-            f"{self.dtype}, on {self.device}"
+            f"{self.op} m={self.m} n={self.n} k={self.k}, {self.pattern} in format "
+            f"{self.format!r}, {self.dtype}, on {self.device}"
         )
         return f"{head}\n{table(('kernel', 'verdict', 'estimated µs', 'reason'), rows)}"
 
@@ -103,8 +105,12 @@ def explain(
     k: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    op: str | None = None,
 ) -> Explanation:
     """Why which kernel runs a problem, and why the others do not.
+
+    A convolution is a multiplication of n output channels (of one group), k kernel positions times
+    channels, and m pixels of the output (of all images).
 
     Args:
         weight: a packed weight, or a pattern with `n` and `k` for one that `pack` would make here.
@@ -114,34 +120,46 @@ def explain(
         dtype: of weight and activations; taken from a packed weight, else float32.
         device: where weight and activations are; taken from a packed weight, else the CPU. On a
             machine without a GPU "cuda" gives the reason.
+        op: "matmul" or "conv2d"; None: "conv2d" for a weight packed from filters larger than 1x1.
+            A convolution with filters of 1x1, a stride of 1 and no padding is run as a matmul.
 
     Raises:
-        ValueError: n or k is missing, or contradicts the packed weight; no device of this index.
+        ValueError: n or k is missing, or contradicts the packed weight; no device of this index; an
+            unknown op, or "conv2d" for a packed matrix.
         NotImplementedError: no kernel on a GPU takes the pattern in any format.
     """
+    if op not in (None, "matmul", "conv2d"):
+        raise ValueError(f"explain: expected op to be 'matmul' or 'conv2d', got {op!r}")
     if isinstance(weight, PackedWeight):
-        own = (*weight.shape, weight.dtype)
+        filters = weight.meta.filters
+        n_own, k_own = weight.matrix_shape[0] // weight.meta.groups, weight.matrix_shape[1]
+        own = (n_own, k_own, weight.dtype)
         for name, asked, has in zip(("n", "k", "dtype"), (n, k, dtype), own, strict=True):
             if asked is not None and asked != has:
                 raise ValueError(f"explain: {name}={asked}, the packed weight has {name}={has}")
         pattern, format = weight.pattern, weight.format
-        (n, k), dtype = weight.shape, weight.dtype
+        n, k, dtype = own
         device = weight.device if device is None else torch.device(device)
+        if op is None:
+            op = "conv2d" if filters is not None and filters.taps > 1 else "matmul"
+        if op == "conv2d" and filters is None:
+            raise ValueError("explain: op='conv2d', the packed weight is a matrix")
     else:
         if n is None or k is None:
             raise ValueError("explain: a pattern alone has no size; pass n= and k=, or a weight")
         pattern = parse_pattern(weight)
         dtype = torch.float32 if dtype is None else dtype
         device = torch.device("cpu" if device is None else device)
-        format = _native.default_format(pattern, dtype, _native.target_of(device))
+        op = "matmul" if op is None else op
+        format = _native.default_format(pattern, dtype, _native.target_of(device), op)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"explain: expected a device of type cpu or cuda, got {device}")
     if m < 0 or n < 1 or k < 1:
         raise ValueError(f"explain: expected m >= 0, n >= 1 and k >= 1, got m={m}, n={n}, k={k}")
     if device.type == "cuda" and _native.cuda_device_count() > (device.index or 0):
         preferences.load(torch.device("cuda", device.index or 0))
-    candidates = tuple(_native.explain(format, pattern, dtype, n, k, m, device))
-    return Explanation(pattern, format, dtype, m, n, k, device, candidates)
+    candidates = tuple(_native.explain(format, pattern, dtype, n, k, m, device, op))
+    return Explanation(pattern, format, dtype, m, n, k, device, candidates, op)
 
 
 @dataclass(frozen=True)
@@ -251,8 +269,9 @@ def tune(
     scale. A later `tune` for the same m replaces it. Results of two kernels differ by rounding.
 
     Args:
-        weight: a packed weight; a pattern with `n` and `k`; or a model whose sparse layers are all
-            tuned at the m that they see in `example_inputs`.
+        weight: a packed matrix; a pattern with `n` and `k`; or a model whose sparse linear layers
+            are all tuned at the m that they see in `example_inputs`. Convolutions stay with the
+            cost model's choice.
         m: rows of x, one or several; None means `ROWS`.
         n: out_features; taken from a packed weight.
         k: in_features; taken from a packed weight.
@@ -264,7 +283,8 @@ def tune(
         seconds: how long to time the kernels for each problem and m; some rounds are always done.
 
     Raises:
-        ValueError: an argument that is missing or does not fit; a model without sparse layers.
+        ValueError: an argument that is missing or does not fit; a model without sparse linear
+            layers.
         NotImplementedError: no kernel can run here.
     """
     if not seconds > 0 or (threads is not None and threads < 1):
@@ -297,6 +317,10 @@ def _weight_to_tune(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> PackedWeight:
+    if isinstance(weight, PackedWeight) and weight.meta.filters is not None:
+        raise ValueError(
+            f"tune: the packed weight is a convolution's, {list(weight.shape)}; tune takes matrices"
+        )
     # Checks all of them.
     asked = explain(weight, m=1, n=n, k=k, dtype=dtype, device=device)
     if isinstance(weight, PackedWeight):
@@ -325,15 +349,11 @@ def _seen(model: nn.Module, example_inputs: Any) -> list[tuple[PackedWeight, lis
         x = arguments[0] if arguments else named["x"]
         entry = found.setdefault((_problem(packed), packed.device), (packed, set()))
         if x.numel():
-            entry[1].add(x.numel() // packed.shape[1])
+            entry[1].add(x.numel() // packed.matrix_shape[1])
 
-    sparse = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "packed", None), PackedWeight)
-    ]
+    sparse = [module for module in model.modules() if _holds_matrix(module)]
     if not sparse:
-        raise ValueError("tune: the model has no sparse layers; convert it first")
+        raise ValueError("tune: the model has no sparse linear layers; convert it first")
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in sparse]
     try:
         run_examples(model, example_inputs)
@@ -345,8 +365,15 @@ def _seen(model: nn.Module, example_inputs: Any) -> list[tuple[PackedWeight, lis
     return [(packed, sorted(rows)) for packed, rows in found.values() if rows]
 
 
+def _holds_matrix(module: nn.Module) -> bool:
+    packed = getattr(module, "packed", None)
+    return isinstance(packed, PackedWeight) and packed.meta.filters is None
+
+
 def _problem(packed: PackedWeight) -> Problem:
-    return Problem.of(packed.format, packed.pattern, packed.dtype, *packed.shape, packed.device)
+    return Problem.of(
+        packed.format, packed.pattern, packed.dtype, *packed.matrix_shape, packed.device
+    )
 
 
 def _tune(
@@ -387,7 +414,7 @@ def _timings(packed: PackedWeight, m: int, seconds: float) -> list[Timing]:
     estimates = {c.kernel: c.cost_us for c in answer.candidates if c.cost_us is not None}
     if not estimates:
         raise NotImplementedError(f"tune: no kernel can run {answer}")
-    n, k = packed.shape
+    n, k = packed.matrix_shape
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(0))
     x = x.to(packed.device, packed.dtype)
     header = None if packed.device.type == "cpu" else packed.meta.header

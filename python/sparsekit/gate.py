@@ -1,9 +1,8 @@
 """Never slower than dense: measure both on this machine, keep the verdict.
 
-The dense side on a CPU is the fastest of torch's own linear and oneDNN with its private weight
-layout (what a frozen, compiled torch graph calls), each with bias and activation; on a GPU it is
-torch's linear (cuBLASLt). Dense and sparse are timed in turns on random inputs, so that a change of
-clock or a busy neighbour hits both alike.
+The dense side is the fastest of the ways that `sparsekit.workload` knows, each with bias and
+activation. Dense and sparse are timed in turns on random inputs, so that a change of clock or a
+busy neighbour hits both alike.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from sparsekit import _native
 from sparsekit.cache import CacheFile, default_path, machine_parts
-from sparsekit.clock import Call, clock, warm_up
-from sparsekit.dispatch import explain, table
-from sparsekit.functional import linear
-from sparsekit.pack import PackedWeight, pack
+from sparsekit.clock import clock, warm_up
+from sparsekit.dispatch import table
+from sparsekit.pack import pack
 from sparsekit.patterns import PatternLike
+from sparsekit.workload import LinearWorkload, Workload
 
 MIN_SPEEDUP = 1.05
 """A sparse layer is kept from this ratio on: below it, the gain is within the timing's noise."""
@@ -38,15 +36,6 @@ _MIN_PAIRS, _MAX_PAIRS = 7, 101
 _DENSE_TRIALS = 5
 # Only a gross fault is looked for here (a wrong kernel); the tests hold the exact rule.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-_ONEDNN_ACTIVATION: dict[str | None, tuple[str, str]] = {
-    None: ("none", ""),
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-    "relu6": ("hardtanh", ""),
-}
 
 
 @dataclass(frozen=True)
@@ -75,73 +64,21 @@ class Verdict:
         return not self.fault and self.speedup >= MIN_SPEEDUP
 
 
-def activate(y: Tensor, activation: str | None) -> Tensor:
-    """The activation of an epilogue, by its name, with torch's own functions."""
-    if activation is None:
-        return y
-    if activation == "relu":
-        return functional.relu(y)
-    if activation == "relu6":
-        return functional.relu6(y)
-    if activation == "silu":
-        return functional.silu(y)
-    return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def dense_paths(
-    weight: Tensor, bias: Tensor | None, activation: str | None, x: Tensor
-) -> dict[str, Call]:
-    """The dense ways to compute a layer that this torch has, ready to be called.
-
-    Args:
-        weight: `[n, k]`.
-        bias: `[n]` or None.
-        activation: as in `sparsekit.linear`.
-        x: `[m, k]`, m >= 1.
-    """
-    paths: dict[str, Call] = {
-        "torch": lambda: activate(functional.linear(x, weight, bias), activation)
-    }
-    if weight.device.type != "cpu":
-        return paths
-    try:
-        ops = torch.ops.mkldnn
-        packed = ops._reorder_linear_weight(weight, x.shape[0])
-        attribute, algorithm = _ONEDNN_ACTIVATION[activation]
-        call: Call = lambda: ops._linear_pointwise(  # noqa: E731
-            x, packed, bias, attribute, [], algorithm
-        )
-        call()
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return paths  # a torch without oneDNN, or oneDNN without this dtype on this CPU
-    paths["oneDNN"] = call
-    return paths
-
-
 @torch.inference_mode()
-def measure(
-    packed: PackedWeight, m: int, bias: Tensor | None = None, activation: str | None = None
-) -> Verdict:
+def measure(workload: Workload) -> Verdict:
     """Time dense against sparse on random activations, on the device of the weight.
 
     Each call is timed as it would run inside a model (see `sparsekit.clock.clock`).
 
-    Args:
-        packed: the weight.
-        m: rows of x, at least 1.
-        bias: `[n]` or None.
-        activation: as in `sparsekit.linear`.
-
     Raises:
         NotImplementedError: no sparse kernel can run here.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(m, packed.shape[1], generator=generator).to(packed.device, packed.dtype)
-    dense = dense_paths(packed.to_dense(), bias, activation, x)
-    sparse: Call = lambda: linear(x, packed, bias, activation)  # noqa: E731
-    seconds = clock(packed.device)
+    device = workload.packed.device
+    x = workload.input()
+    sparse, dense = workload.sparse(x), workload.dense_paths(x)
+    seconds = clock(device)
     for call in (sparse, *dense.values()):
-        warm_up(call, packed.device)
+        warm_up(call, device)
 
     fault = _fault(sparse(), dense["torch"]())
     trials = {
@@ -164,7 +101,7 @@ def measure(
         sparse_ms=median(ours for _, ours in pairs) * 1e3,
         speedup=median(theirs / ours for theirs, ours in pairs),
         dense_path=path,
-        kernel=kernel_for(packed, m),
+        kernel=workload.kernel,
         fault=fault,
     )
 
@@ -198,7 +135,7 @@ def compare(
     packed = pack(weight, pattern)
     rows = []
     for count in tqdm(m, desc="bench", unit="shape", leave=False):
-        verdict = measure(packed, count)
+        verdict = measure(LinearWorkload(packed, count))
         rows.append(
             (
                 str(count),
@@ -216,12 +153,6 @@ def compare(
     if packed.device.type == "cuda":
         where = str(_native.cuda_info(packed.device.index)["name"])
     return f"{title}, {where}\n{table(head, rows)}"
-
-
-def kernel_for(packed: PackedWeight, m: int) -> str:
-    """Name of the kernel that runs `m` rows on a packed weight; "" when none can."""
-    chosen = explain(packed, m=m).chosen
-    return chosen.kernel if chosen else ""
 
 
 def _fault(ours: Tensor, theirs: Tensor) -> str:
@@ -249,37 +180,17 @@ class VerdictCache:
         self._file = CacheFile("verdict cache", 1, without, self.path)
         self._known = self._file.read(_verdicts)
 
-    def judge(
-        self,
-        packed: PackedWeight,
-        m: int,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-    ) -> Verdict:
+    def judge(self, workload: Workload) -> Verdict:
         """The remembered verdict, or a new measurement (see `measure`)."""
-        machine = machine_fingerprint(packed.device)
-        problem = self._problem(packed, m, bias, activation)
-        known = self._known.get(machine, {}).get(problem)
+        machine, key = machine_fingerprint(workload.packed.device), workload.key
+        known = self._known.get(machine, {}).get(key)
         if known is not None:
             return known
-        verdict = measure(packed, m, bias, activation)
+        verdict = measure(workload)
         if not verdict.fault:  # a fault has to be looked at again, not believed for ever
-            self._known.setdefault(machine, {})[problem] = verdict
+            self._known.setdefault(machine, {})[key] = verdict
             self._write()
         return verdict
-
-    @staticmethod
-    def _problem(packed: PackedWeight, m: int, bias: Tensor | None, activation: str | None) -> str:
-        n, k = packed.shape
-        parts = [
-            f"m={m} n={n} k={k}",
-            f"{packed.pattern} {packed.format} {str(packed.dtype).removeprefix('torch.')}",
-            f"bias={bias is not None} activation={activation}",
-            f"threads={torch.get_num_threads()}",
-            # Another one may be preferred since (see `sparsekit.tune`).
-            f"kernel={kernel_for(packed, m)}",
-        ]
-        return " ".join(parts)
 
     def _write(self) -> None:
         # Other processes may have added verdicts since; theirs are kept.

@@ -3,13 +3,15 @@
 A sparse layer `<name>` is stored as `<name>.values`, `<name>.indices` and, for blocks,
 `<name>.crow_indices`; everything else as in the model's `state_dict()`, tied tensors once. The
 file's metadata holds `format` ("sparsekit"), `version` ("1") and, as JSON, `layers` (pattern, shape
-and dtype of each, and its activation), `fused` (activation modules that a layer applies itself)
-and `tied` (names that share another name's tensor).
+and dtype of each, its activation and, of a convolution, its filters), `fused` (activation modules
+that a layer applies itself), `folded` (batch normalisations that weights and biases hold) and
+`tied` (names that share another name's tensor).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -28,7 +30,18 @@ from tqdm.auto import tqdm
 from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
 from sparsekit.dispatch import table
-from sparsekit.nn import FusedActivation, SparseLinear, fusion
+from sparsekit.filters import FilterShape
+from sparsekit.nn import (
+    FoldedBatchNorm,
+    FusedActivation,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+    fusion,
+)
+from sparsekit.nn.batchnorm import is_batchnorm
+from sparsekit.nn.memory_format import put_weights_in_nhwc
+from sparsekit.nn.packed import PackedModule
 from sparsekit.pack import DTYPES, PackedWeight
 from sparsekit.patterns import Pattern, parse_pattern
 
@@ -43,21 +56,44 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What a file says of one sparse layer."""
+    """What a file says of one sparse layer.
+
+    Attributes:
+        pattern: of its weight.
+        shape: (n, k) of the matrix that is stored.
+        dtype: of the values.
+        activation: fused into the layer.
+        filters: of a convolution, whose matrix is stored (`sparsekit.filters`); else None.
+    """
 
     pattern: Pattern
     shape: tuple[int, int]
     dtype: torch.dtype
     activation: str | None
+    filters: FilterShape | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as it stands in the file's metadata."""
-        return {
+        entry: dict[str, Any] = {
             "pattern": str(self.pattern),
             "shape": list(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "activation": self.activation,
         }
+        if self.filters is not None:
+            entry["filters"] = {"weight": self.weight_shape, "groups": self.filters.groups}
+        return entry
+
+    @classmethod
+    def of(cls, packed: PackedWeight, activation: str | None = None) -> LayerEntry:
+        """The entry of a packed weight."""
+        meta = packed.meta
+        return cls(meta.pattern, meta.shape, meta.dtype, activation, meta.filters)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return self.shape if self.filters is None else self.filters.weight_shape
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,7 +110,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
     The file is written beside `path` and renamed, so a failed save leaves an old file as it was.
 
     Args:
-        model_or_state: a model with `SparseLinear` layers, or a mapping from names to tensors and
+        model_or_state: a model with sparse layers, or a mapping from names to tensors and
             `PackedWeight` objects (a packed weight's name is its layer's).
         path: the file.
 
@@ -85,18 +121,20 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
     state: dict[str, Tensor] = {}
     layers: dict[str, LayerEntry] = {}
     fused: dict[str, str] = {}
+    folded: list[str] = []
     if isinstance(model_or_state, nn.Module):
         state.update(model_or_state.state_dict())
         for name, module in model_or_state.named_modules(remove_duplicate=False):
-            if isinstance(module, SparseLinear):
-                meta = module.meta
-                layers[name] = LayerEntry(meta.pattern, meta.shape, meta.dtype, module.activation)
+            if isinstance(module, PackedModule):
+                layers[name] = LayerEntry.of(module.packed, module.activation)
             elif isinstance(module, FusedActivation):
                 fused[name] = module.activation
+            elif isinstance(module, FoldedBatchNorm):
+                folded.append(name)
     else:
         for name, value in model_or_state.items():
             if isinstance(value, PackedWeight):
-                layers[name] = LayerEntry(value.pattern, value.shape, value.dtype, None)
+                layers[name] = LayerEntry.of(value)
                 canonical = value.canonical()
                 for part in layers[name].parts:
                     state[f"{name}.{part}"] = getattr(canonical, part)
@@ -113,6 +151,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
         "version": str(VERSION),
         "layers": json.dumps({name: entry.to_json() for name, entry in layers.items()}),
         "fused": json.dumps(fused),
+        "folded": json.dumps(folded),
         "tied": json.dumps(tied),
     }
     _write(tensors, metadata, Path(path))
@@ -184,6 +223,7 @@ class _File:
             for name, entry in self._mapping(metadata, "layers").items()
         }
         self.fused = self._mapping(metadata, "fused")
+        self.folded = self._names(metadata, "folded")
         self.tied = self._mapping(metadata, "tied")
         for name, activation in self.fused.items():
             if activation not in ACTIVATIONS[1:]:
@@ -208,6 +248,16 @@ class _File:
             raise self.error(f"has damaged metadata: {key!r} is no JSON object")
         return value
 
+    def _names(self, metadata: Mapping[str, str], key: str) -> list[str]:
+        """A list of names; files from before there was one have none."""
+        try:
+            value = json.loads(metadata.get(key, "[]"))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.error(f"has damaged metadata: {key!r} is no JSON list of names")
+        return value
+
     def _layer(self, name: str, entry: Any) -> LayerEntry:
         try:
             n, k = entry["shape"]
@@ -216,7 +266,11 @@ class _File:
                 raise ValueError(f"shape {entry['shape']}")
             if activation not in ACTIVATIONS:
                 raise ValueError(f"activation {activation!r}")
-            return LayerEntry(parse_pattern(entry["pattern"]), (n, k), dtype, activation)
+            pattern = parse_pattern(entry["pattern"])
+            filters = _filters(entry["filters"]) if "filters" in entry else None
+            if filters is not None and filters.matrix_shape(pattern) != (n, k):
+                raise ValueError(f"filters {entry['filters']} of a matrix {[n, k]}")
+            return LayerEntry(pattern, (n, k), dtype, activation, filters)
         except (KeyError, TypeError, ValueError) as error:
             raise self.error(f"describes layer {name!r} wrongly: {error}") from None
 
@@ -250,6 +304,14 @@ class _File:
         return canonical
 
 
+def _filters(entry: Any) -> FilterShape:
+    rows, channels, *kernel = entry["weight"]
+    if len(kernel) not in (1, 2):
+        raise ValueError(f"filters {entry['weight']}")
+    height, width = kernel if len(kernel) == 2 else (1, *kernel)
+    return FilterShape(rows, channels, (height, width), entry["groups"], len(kernel))
+
+
 @contextmanager
 def _open(path: PathLike) -> Iterator[_File]:
     path = Path(path)
@@ -265,10 +327,13 @@ def _open(path: PathLike) -> Iterator[_File]:
 def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool = True) -> None:
     """Load a file into a model of the same architecture, in place.
 
-    Layers that are sparse in the file become `SparseLinear`, packed for the device they are on,
-    with the activations fused that were fused when the file was written; `nn.Linear` and
-    `SparseLinear` are both accepted in their place. All other parameters and buffers take the
-    file's values and dtypes. The whole file is checked before the model is touched.
+    Layers that are sparse in the file become `SparseLinear`, `SparseConv1d` or `SparseConv2d`,
+    packed for the device they are on, with the activations fused that were fused when the file was
+    written; the dense and the sparse layer are both accepted in their place, and stride, padding
+    and dilation of a convolution are the model's. Batch normalisations that were folded become
+    identities, and a layer that got a bias by that gets it here. All other parameters and buffers
+    take the file's values and dtypes; dense convolutions beside sparse ones become channels_last.
+    The whole file is checked before the model is touched.
 
     Args:
         model: dense, or converted before; on a CPU or GPUs, where each layer stays.
@@ -286,15 +351,16 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
     with _open(path) as file:
         modules = dict(model.named_modules(remove_duplicate=False))
         _check_modules(modules, file)
-        state = _check_tensors(model, file)
-        sparse: dict[int, SparseLinear] = {}
+        state, biases = _check_tensors(model, modules, file)
+        sparse: dict[int, PackedModule] = {}
         bar = tqdm(file.layers.items(), desc="load", unit="layer", delay=1, disable=not progress)
         for name, entry in bar:
             old = modules[name]
             if id(old) not in sparse:
-                packed = PackedWeight.from_canonical(file.canonical(name), target, _device_of(old))
-                new = SparseLinear(packed, None, entry.activation)
-                sparse[id(old)] = new.train(old.training)
+                packed = PackedWeight.from_canonical(
+                    file.canonical(name), target, _device_of(old), entry.filters
+                )
+                sparse[id(old)] = _sparse_in_place_of(old, packed, entry.activation)
         # From here on nothing can fail.
         with torch.no_grad():
             for name, tensor in state.items():
@@ -303,6 +369,8 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
                     tensor.copy_(value)
                 else:
                     tensor.data = value.to(tensor.device, copy=True)
+        for name in biases:
+            _add_bias(modules[name], file.tensor(f"{name}.bias"))
         for name in file.layers:
             new = sparse[id(modules[name])]
             new.bias = modules[name].bias  # the parameter itself, whoever else holds it
@@ -310,20 +378,35 @@ def load(model: nn.Module, path: PathLike, target: str = "auto", progress: bool 
         for name, activation in file.fused.items():
             fused = FusedActivation(activation).train(modules[name].training)
             _replace(modules, name, fused)
+        for name in file.folded:
+            _replace(modules, name, FoldedBatchNorm.in_place_of(modules[name]))
+        if any(entry.filters for entry in file.layers.values()):
+            put_weights_in_nhwc(model)
 
 
 def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
     """The model has layers and activations where the file wants to put its own."""
     for name, entry in file.layers.items():
         module = modules.get(name) if name else None
-        if not isinstance(module, nn.Linear | SparseLinear):
+        if module is None or not isinstance(module, _places(entry.filters)):
             got = "nothing" if module is None else f"a {type(module).__name__}"
-            raise file.error(f"has a sparse layer {name!r}, the model has {got} there")
-        shape = (module.out_features, module.in_features)
-        if shape != entry.shape:
+            kind = "layer" if entry.filters is None else f"conv{entry.filters.dims}d"
+            raise file.error(f"has a sparse {kind} {name!r}, the model has {got} there")
+        shape = _weight_shape(module)
+        if shape != entry.weight_shape:
             raise file.error(
-                f"has {name!r} with shape {list(entry.shape)}, the model with {list(shape)}"
+                f"has {name!r} with shape {list(entry.weight_shape)}, the model with {list(shape)}"
             )
+        if entry.filters is not None and entry.filters.groups != module.groups:
+            raise file.error(
+                f"has {name!r} with groups={entry.filters.groups}, the model with "
+                f"groups={module.groups}"
+            )
+    for name in file.folded:
+        module = modules.get(name) if name else None
+        if module is None or not (isinstance(module, FoldedBatchNorm) or is_batchnorm(module)):
+            got = "nothing" if module is None else f"a {type(module).__name__}"
+            raise file.error(f"folds a batch normalisation at {name!r}, the model has {got} there")
     applied = Counter(entry.activation for entry in file.layers.values())
     for name, activation in file.fused.items():
         module = modules.get(name) if name else None
@@ -336,15 +419,23 @@ def _check_modules(modules: Mapping[str, nn.Module], file: _File) -> None:
             raise file.error(f"fuses the {activation} at {name!r}, which does not fit the model")
 
 
-def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
-    """The model's own tensors that take a value from the file: everything but sparse weights."""
+def _check_tensors(
+    model: nn.Module, modules: Mapping[str, nn.Module], file: _File
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What takes a value from the file: the model's tensors but sparse weights and folded batch
+    normalisations; and the layers that get a bias.
+    """
     inside = {f"{name}.{part}" for name in file.layers for part in ("weight", *_PARTS)}
+    for name in file.folded:
+        own = (*modules[name]._parameters, *modules[name]._buffers)
+        inside.update(f"{name}.{part}" for part in own)
     state = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
         if name not in inside
     }
-    names = file.keys() - inside
+    biases = _biases_by_folding(modules, file)
+    names = file.keys() - inside - {f"{name}.bias" for name in biases}
     missing, unexpected = sorted(state.keys() - names), sorted(names - state.keys())
     if missing or unexpected:
         raise file.error(
@@ -360,13 +451,63 @@ def _check_tensors(model: nn.Module, file: _File) -> dict[str, Tensor]:
         if tensor.device.type == "meta":
             raise ValueError(f"load: {name!r} is on the meta device; make the model on the CPU")
     for name, entry in file.layers.items():
-        if f"{name}.bias" in state and file.tensor(f"{name}.bias").dtype != entry.dtype:
+        has_bias = f"{name}.bias" in state or name in biases
+        if has_bias and file.tensor(f"{name}.bias").dtype != entry.dtype:
             raise file.error(f"has a bias of {name!r} that is not {entry.dtype}")
-    return state
+    return state, biases
+
+
+def _biases_by_folding(modules: Mapping[str, nn.Module], file: _File) -> list[str]:
+    """Layers without a bias that have one in the file, no more than batch normalisations folded."""
+    found: list[str] = []
+    names = file.keys()
+    for name, module in modules.items():
+        layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | PackedModule)
+        if layer and module._parameters.get("bias") is None and f"{name}.bias" in names:
+            rows = _weight_shape(module)[0]
+            shape = tuple(file.tensor(f"{name}.bias").shape)
+            if shape != (rows,):
+                raise file.error(f"has a bias of {name!r} of shape {list(shape)}, not {[rows]}")
+            found.append(name)
+    return found[: len(file.folded)]
+
+
+def _add_bias(layer: nn.Module, bias: Tensor) -> None:
+    weight = layer._parameters.get("weight")
+    wanted = weight is None or weight.requires_grad
+    layer.bias = nn.Parameter(bias.to(_device_of(layer), copy=True), requires_grad=wanted)
+
+
+def _places(filters: FilterShape | None) -> tuple[type[nn.Module], ...]:
+    """What a sparse layer may take the place of."""
+    if filters is None:
+        return nn.Linear, SparseLinear
+    return (nn.Conv1d, SparseConv1d) if filters.dims == 1 else (nn.Conv2d, SparseConv2d)
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    weight = layer.packed if isinstance(layer, PackedModule) else layer.weight
+    assert isinstance(weight, Tensor | PackedWeight)
+    return tuple(weight.shape)
+
+
+def _sparse_in_place_of(
+    old: nn.Module, packed: PackedWeight, activation: str | None
+) -> PackedModule:
+    new: PackedModule
+    if isinstance(old, nn.Linear | SparseLinear):
+        new = SparseLinear(packed, None, activation)
+    else:
+        kind = SparseConv1d if isinstance(old, nn.Conv1d | SparseConv1d) else SparseConv2d
+        assert isinstance(old, nn.Conv1d | nn.Conv2d | SparseConv1d | SparseConv2d)
+        new = kind(
+            packed, None, old.stride, old.padding, old.dilation, old.padding_mode, activation
+        )
+    return new.train(old.training)
 
 
 def _device_of(layer: nn.Module) -> torch.device:
-    weight = layer.packed_data if isinstance(layer, SparseLinear) else layer.weight
+    weight = layer.packed_data if isinstance(layer, PackedModule) else layer.weight
     assert isinstance(weight, Tensor)
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
@@ -396,6 +537,7 @@ class FileSummary:
         layer_bytes: bytes each sparse layer takes in the file, bias not included.
         dense: (dtype, shape) of every other tensor.
         fused: activation modules that a layer applies itself.
+        folded: batch normalisations that weights and biases hold.
         tied: names that share another name's tensor.
     """
 
@@ -406,30 +548,31 @@ class FileSummary:
     layer_bytes: dict[str, int]
     dense: dict[str, tuple[str, tuple[int, ...]]]
     fused: dict[str, str]
+    folded: list[str]
     tied: dict[str, str]
 
     def __str__(self) -> str:
         rows = []
         for name, entry in self.layers.items():
-            n, k = entry.shape
-            kept = self.layer_bytes[name] / (n * k * entry.dtype.itemsize)
+            shape = entry.weight_shape
+            kept = self.layer_bytes[name] / (math.prod(shape) * entry.dtype.itemsize)
             rows.append(
                 (
                     name,
                     str(entry.pattern),
-                    f"{n} x {k}",
+                    " x ".join(map(str, shape)),
                     str(entry.dtype).removeprefix("torch."),
                     entry.activation or "-",
                     f"{self.layer_bytes[name]:,}",
                     f"{kept:.1%}",
                 )
             )
-        head = ("sparse layer", "pattern", "n x k", "dtype", "activation", "bytes", "of dense")
+        head = ("sparse layer", "pattern", "weight", "dtype", "activation", "bytes", "of dense")
         lines = [
             f"{self.path}: sparsekit file, version {self.version}, {self.nbytes:,} bytes",
             table(head, rows) if rows else "no sparse layers",
             f"{len(self.dense)} dense tensors, {len(self.tied)} tied names, "
-            f"{len(self.fused)} fused activations",
+            f"{len(self.fused)} fused activations, {len(self.folded)} folded batch normalisations",
         ]
         return "\n".join(lines)
 
@@ -459,5 +602,6 @@ def inspect(path: PathLike) -> FileSummary:
             layer_bytes=layer_bytes,
             dense=dense,
             fused=file.fused,
+            folded=file.folded,
             tied=file.tied,
         )

@@ -424,7 +424,9 @@ _USUAL_NM = ((1, 4), (2, 4), (4, 8))
 _DETECTED_SIDES = (64, 32, 16, 8, 4, 2, 1)
 
 
-def detect_pattern(weight: Tensor) -> Pattern | None:
+def detect_pattern(
+    weight: Tensor, columns: Tensor | None = None, widest: int = 64
+) -> Pattern | None:
     """Which pattern the zeros of a weight already follow.
 
     Tries the most structured first: blocks from 64x64 down to four values; N:M with vectors of 16
@@ -434,6 +436,8 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
 
     Args:
         weight: `[n, k]`, any floating dtype.
+        columns: bool `[k]`, False for padding, whose zeros say nothing; None: there is none.
+        widest: columns that are decided together at most, a power of two.
 
     Returns:
         The pattern (for blocks with the fraction of zero blocks found), or None when less than
@@ -447,32 +451,37 @@ def detect_pattern(weight: Tensor) -> Pattern | None:
     kept = weight != 0
     if kept.numel() == 0:
         return None
-    zeros = kept.numel() - int(kept.sum())
-    if zeros < MIN_DETECTED_SPARSITY * kept.numel():
+    if columns is None:
+        columns = torch.ones(kept.shape[1], dtype=torch.bool, device=kept.device)
+    values = kept.shape[0] * int(columns.sum())
+    zeros = values - int(kept.sum())
+    if zeros < MIN_DETECTED_SPARSITY * values:
         return None
-    occupancy = _occupancies(kept)
+    occupancy = _occupancies(kept, widest)
     # A vector-wise N:M weight also consists of zero columns of blocks, so those come after it.
     shapes = sorted(occupancy, key=lambda shape: (-shape[0] * shape[1], abs(shape[0] - shape[1])))
     wide = [shape for shape in shapes if shape[1] > 1 and shape[0] * shape[1] >= 4]
     tall = [shape for shape in shapes if shape[1] == 1 and shape[0] >= 4]
-    found = _detect_blocks(kept, occupancy, wide, zeros)
+    found = _detect_blocks(columns, kept.shape[0], occupancy, wide, zeros)
     if found is None:
         vectors = {rows: occupancy[rows, 1] for rows in VECTOR_SIZES if rows > 1}
-        found = _detect_nm(vectors, zeros, kept.numel())
+        found = _detect_nm(vectors, zeros, values, widest)
     if found is None:
-        found = _detect_blocks(kept, occupancy, tall, zeros)
+        found = _detect_blocks(columns, kept.shape[0], occupancy, tall, zeros)
     if found is None:
-        found = _detect_nm({1: kept}, zeros, kept.numel())
+        found = _detect_nm({1: kept}, zeros, values, widest)
     return found
 
 
-def _detect_nm(unions: Mapping[int, Tensor], zeros: int, values: int) -> Pattern | None:
+def _detect_nm(
+    unions: Mapping[int, Tensor], zeros: int, values: int, widest: int
+) -> Pattern | None:
     densest = max(0.5, MAX_SLACK * (1.0 - zeros / values))
     found = []
     for vector, union in unions.items():
         if int(union.sum()) > densest * union.numel():
             continue  # no group size can bring it below its own mean
-        for m in GROUP_SIZES:
+        for m in (size for size in GROUP_SIZES if size <= widest):
             n = max(1, int(_count_groups(union, m).max()))
             usual = next((have for have in _USUAL_NM if have[1] == m and n <= have[0]), None)
             if n < m and n / m <= MAX_SLACK * (1.0 - zeros / values):
@@ -488,39 +497,36 @@ def _detect_nm(unions: Mapping[int, Tensor], zeros: int, values: int) -> Pattern
 
 
 def _detect_blocks(
-    kept: Tensor,
+    columns: Tensor,
+    rows: int,
     occupancy: Mapping[tuple[int, int], Tensor],
     shapes: Iterable[tuple[int, int]],
     zeros: int,
 ) -> Pattern | None:
     for shape in shapes:
-        occupied = occupancy[shape]
-        empty = occupied.numel() - int(occupied.sum())
-        if _area_of_empty(occupied, shape, kept.shape) >= MIN_BLOCK_COVERAGE * zeros:
-            return BlockSparse(shape, _short_sparsity(empty, occupied.numel()))
+        down, across = shape
+        padded = nn.functional.pad(columns, (0, -columns.numel() % across))
+        widths = padded.view(-1, across).sum(1)
+        # Blocks of nothing but padding do not count.
+        occupied, widths = occupancy[shape][:, widths > 0], widths[widths > 0].double()
+        heights = torch.full_like(occupied[:, 0], down, dtype=torch.float64)
+        heights[-1] = rows - down * (heights.numel() - 1)
+        empty = ~occupied
+        if int(heights @ empty.double() @ widths) >= MIN_BLOCK_COVERAGE * zeros:
+            return BlockSparse(shape, _short_sparsity(int(empty.sum()), empty.numel()))
     return None
 
 
-def _occupancies(kept: Tensor) -> dict[tuple[int, int], Tensor]:
+def _occupancies(kept: Tensor, widest: int) -> dict[tuple[int, int], Tensor]:
     """Which blocks hold a value, for every pair of sides; each from the next smaller one."""
     sides = _DETECTED_SIDES[::-1]
     out = {(1, 1): kept}
-    for across in sides:
+    for across in (side for side in sides if side <= widest):
         if across > 1:
             out[1, across] = _any_columns(out[1, across // 2], 2)
         for down in sides[1:]:
             out[down, across] = _any_rows(out[down // 2, across], 2)
     return out
-
-
-def _area_of_empty(occupied: Tensor, shape: tuple[int, int], size: torch.Size) -> int:
-    heights, widths = (
-        torch.full((count,), side, dtype=torch.float64, device=occupied.device)
-        for count, side in zip(occupied.shape, shape, strict=True)
-    )
-    heights[-1] -= heights.sum() - size[0]
-    widths[-1] -= widths.sum() - size[1]
-    return int(heights @ (~occupied).to(torch.float64) @ widths)
 
 
 def _short_sparsity(empty: int, total: int) -> float:

@@ -2,21 +2,25 @@
 
 Used by the tests and the benchmarks, so that there is one rule and no fitted tolerance:
 
-1. On small integers every partial sum is exact, and so must be the result (`assert_matmul_exact`).
+1. On small integers every partial sum is exact, and so must be the result (`assert_matmul_exact`,
+   `assert_conv2d_exact`).
 2. On random data the error against float64 may be at most twice that of torch's dense operation of
-   the same dtype, both in the maximum norm (`assert_matmul_close`).
+   the same dtype, both in the maximum norm (`assert_matmul_close`, `assert_conv2d_close`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsekit.gate import activate
+from sparsekit._ops import conv2d_size
+from sparsekit.pack import mask
 from sparsekit.patterns import PatternLike, parse_pattern
+from sparsekit.workload import activate
 
 # With fewer results than this, the dense error is measured on more rows: the largest of a handful
 # of errors is a matter of luck.
@@ -118,7 +122,11 @@ def assert_matmul_exact(
     Raises:
         AssertionError: with the first place that differs.
     """
-    expected = reference(x, weight, bias, activation, residual).to(y.dtype)
+    _assert_exact(y, reference(x, weight, bias, activation, residual))
+
+
+def _assert_exact(y: Tensor, reference: Tensor) -> None:
+    expected = reference.to(y.dtype)
     assert y.shape == expected.shape, f"shape {list(y.shape)}, expected {list(expected.shape)}"
     wrong = ~(y == expected)
     if bool(wrong.any()):
@@ -147,6 +155,10 @@ def assert_matmul_close(
         AssertionError: with both errors.
     """
     expected = reference(x, weight, bias, activation, residual)
+    _assert_close(y, x, expected, lambda: _dense_error(x, weight, bias, activation, residual))
+
+
+def _assert_close(y: Tensor, x: Tensor, expected: Tensor, dense_error: Callable[[], float]) -> None:
     assert y.shape == expected.shape, f"shape {list(y.shape)}, expected {list(expected.shape)}"
     assert y.dtype == x.dtype, f"dtype {y.dtype}, expected {x.dtype}"
     if y.numel() == 0:
@@ -154,11 +166,11 @@ def assert_matmul_close(
     assert bool(y.isfinite().all()), "the result holds a NaN or an infinity"
     error = (y.double() - expected).abs().max().item()
     floor = 0.5 * torch.finfo(y.dtype).eps * expected.abs().max().item()
-    dense_error = _dense_error(x, weight, bias, activation, residual)
-    if error > 2 * dense_error + floor:
+    allowed = dense_error()
+    if error > 2 * allowed + floor:
         raise AssertionError(
             f"the error against float64 is {error:.3g}, torch's dense operation has "
-            f"{dense_error:.3g} (twice that plus {floor:.3g} is allowed)"
+            f"{allowed:.3g} (twice that plus {floor:.3g} is allowed)"
         )
 
 
@@ -181,4 +193,172 @@ def _dense_error(
             rest = torch.cat([rest, rest.reshape(-1)[order]])
     expected = reference(rows, weight, bias, activation, rest)
     dense = dense_result(rows, weight, bias, activation, rest)
+    return (dense.double() - expected).abs().max().item()
+
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """One 2-D convolution with everything an epilogue can take.
+
+    Attributes:
+        x: `[N, Cin, H, W]`, `channels_last`.
+        weight: `[Cout, Cin / groups, height, width]`, zero where the mask is False.
+        mask: bool, of the weight's shape.
+        bias: `[Cout]`.
+        residual: `[N, Cout, Hout, Wout]`, `channels_last`.
+        stride: (height, width).
+        padding: top, left, bottom, right.
+        dilation: (height, width).
+        groups: of the convolution.
+    """
+
+    x: Tensor
+    weight: Tensor
+    mask: Tensor
+    bias: Tensor
+    residual: Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def make_conv_problem(
+    size: tuple[int, int, int, int],
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    pattern: PatternLike,
+    dtype: torch.dtype = torch.float32,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    integers: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ConvProblem:
+    """A random convolution whose filters follow a pattern.
+
+    Args:
+        size: of x: (N, Cin, H, W).
+        out_channels: Cout.
+        kernel_size: (height, width).
+        pattern: of the filters.
+        dtype: of every tensor.
+        stride: (height, width).
+        padding: top, left, bottom, right.
+        dilation: (height, width).
+        groups: of the convolution.
+        integers: whole numbers from -3 to 3 instead of normal ones; no kept weight is zero.
+        seed: of the generator.
+        device: of every tensor; the numbers are the same on each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        if integers:
+            drawn = torch.randint(-3, 4, shape, generator=generator).to(device, dtype)
+        else:
+            drawn = torch.randn(*shape, generator=generator).to(device, dtype)
+        four = len(shape) == 4
+        return drawn.contiguous(memory_format=torch.channels_last) if four else drawn
+
+    shape = (out_channels, size[1] // groups, *kernel_size)
+    kept = mask(torch.rand(shape, generator=generator), pattern).to(device)
+    weight = draw(*shape).contiguous()
+    weight = torch.where(weight == 0, torch.ones_like(weight), weight)
+    weight = torch.where(kept, weight, torch.zeros_like(weight))
+    pixels = conv2d_size(size[2:], kernel_size, stride, padding, dilation)
+    residual = draw(size[0], out_channels, *pixels)
+    return ConvProblem(
+        draw(*size), weight, kept, draw(out_channels), residual, stride, padding, dilation, groups
+    )
+
+
+def conv2d_result(
+    problem: ConvProblem,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_first: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """`activation(conv2d(x) + bias) + residual` with torch's dense operations in a dtype."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    top, left, bottom, right = problem.padding
+    y = functional.conv2d(
+        functional.pad(problem.x.to(dtype), (left, right, top, bottom)),
+        problem.weight.to(dtype),
+        cast(bias),
+        problem.stride,
+        0,
+        problem.dilation,
+        problem.groups,
+    )
+    added = cast(residual)
+    if added is None:
+        return activate(y, activation)
+    return activate(y + added, activation) if residual_first else activate(y, activation) + added
+
+
+def assert_conv2d_exact(
+    y: Tensor,
+    problem: ConvProblem,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_first: bool = False,
+) -> None:
+    """As `assert_matmul_exact`, for the result of a convolution."""
+    _assert_exact(y, conv2d_result(problem, bias, activation, residual, residual_first))
+
+
+def assert_conv2d_close(
+    y: Tensor,
+    problem: ConvProblem,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    residual_first: bool = False,
+) -> None:
+    """As `assert_matmul_close`, for the result of a convolution."""
+
+    def dense_error() -> float:
+        return _conv2d_error(problem, bias, activation, residual, residual_first)
+
+    expected = conv2d_result(problem, bias, activation, residual, residual_first)
+    _assert_close(y, problem.x, expected, dense_error)
+
+
+def _conv2d_error(
+    problem: ConvProblem,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    residual_first: bool,
+) -> float:
+    """Of torch's dense operation; where there are few results, on more images of x's values."""
+    results = problem.residual.numel()
+    more = -(-_RESULTS // results) - 1
+    x, added = problem.x, residual
+    if more > 0:
+        generator = torch.Generator().manual_seed(0)
+
+        def shuffled(tensor: Tensor) -> Tensor:
+            shape = (more * tensor.shape[0], *tensor.shape[1:])
+            order = torch.randint(tensor.numel(), shape, generator=generator)
+            return torch.cat([tensor, tensor.flatten()[order]])
+
+        x = shuffled(x)
+        added = None if added is None else shuffled(added)
+    larger = replace(problem, x=x)
+    arguments = (bias, activation, added, residual_first)
+    expected = conv2d_result(larger, *arguments)
+    dense = conv2d_result(larger, *arguments, dtype=problem.x.dtype)
     return (dense.double() - expected).abs().max().item()

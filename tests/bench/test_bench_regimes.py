@@ -6,7 +6,7 @@ import torch
 
 import sparsekit as sk
 from bench import case as cases_module
-from bench import isa, regimes
+from bench import isa, race, regimes
 from bench.baselines import BASELINES, Unavailable
 from bench.case import Case, streamed_bytes
 from bench.regimes import AVX2, AVX512, SIZES, Job, Regime, jobs, main, sizes_of
@@ -62,7 +62,7 @@ def test_a_measured_case(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         # However fast it is, it counts as a loss: the gate is asked.
-        monkeypatch.setattr(regimes, "LOSS", 1e9)
+        monkeypatch.setattr(race, "LOSS", 1e9)
         result = regimes.measure(job, DENSE, seconds=0, most_rounds=3)
     finally:
         torch.set_num_threads(before)

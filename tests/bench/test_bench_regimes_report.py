@@ -57,10 +57,29 @@ def test_goals_met_and_missed_look_different() -> None:
     assert summary(run(LOST)).marks == ["loss"]
 
 
+def test_without_a_goal_nothing_is_won_or_lost() -> None:
+    free = run(RESULT)
+    free.goals["r"] = (None, 2.0)
+    assert summary(free).marks == [""]
+    assert "goal" not in cells(free)
+    assert cells(free)["of the limit"] == "100%"
+
+
+def test_convolutions_are_told_by_their_layer() -> None:
+    layer = "3x3-64-64-at-56, batch 1"
+    measured = replace(run(replace(RESULT, layer=layer)), title="Convolutions")
+    assert cells(measured)["worst case"] == "2:4 3x3-64-64-at-56, batch 1"
+    text = markdown(measured)
+    assert text.startswith("# Convolutions: Some CPU")
+    assert "| r | 2:4 | 3x3-64-64-at-56, batch 1 | 64 | 128 | 256 |" in text
+    assert "m=16" not in text
+    assert "| layer |" not in markdown(run(RESULT))
+
+
 def test_streaming_reports_the_share_of_bandwidth() -> None:
     row = cells(run(replace(RESULT, gbytes_per_s=20.0, bandwidth_share=0.8)))
     assert (row["GB/s"], row["of read bandwidth"]) == ("20.0", "80%")
-    assert cells(run(RESULT))["GB/s"] == "–"
+    assert "GB/s" not in cells(run(RESULT))
 
 
 def test_peers_stand_beside_dense_and_ours() -> None:

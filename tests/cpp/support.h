@@ -368,6 +368,7 @@ struct Inputs {
 struct Epilogue {
   bool bias = false, residual = false;
   int32_t activation = SK_ACTIVATION_NONE;
+  int32_t order = SK_RESIDUAL_LAST;
 };
 
 inline sk_matmul_args arguments(const Weight& w, const Buffer& packed, const Inputs& in,
@@ -386,10 +387,50 @@ inline sk_matmul_args arguments(const Weight& w, const Buffer& packed, const Inp
   a.bias = epilogue.bias ? in.bias.data() : nullptr;
   a.residual = epilogue.residual ? in.residual.data() : nullptr;
   a.residual_row_stride = in.residual.stride();
+  a.residual_order = epilogue.order;
   a.activation = epilogue.activation;
   a.num_threads = threads;
   return a;
 }
+
+// y in the middle of a larger matrix whose other elements must keep their value.
+class Canvas {
+ public:
+  Canvas(int32_t dtype, int64_t m, int64_t n) : m_(m), n_(n), whole_(dtype, m + 4, n + 23) {
+    clear();
+  }
+
+  void clear() {
+    for (int64_t i = 0; i < whole_.rows(); ++i) {
+      for (int64_t j = 0; j < whole_.cols(); ++j) whole_.set(i, j, kPoison);
+    }
+  }
+  void* y() {
+    return static_cast<uint8_t*>(whole_.data()) + (2 * whole_.stride() + 11) * element_bytes();
+  }
+  int64_t stride() const { return whole_.stride(); }
+  double get(int64_t i, int64_t j) const { return whole_.get(i + 2, j + 11); }
+  void set(int64_t i, int64_t j, double value) { whole_.set(i + 2, j + 11, value); }
+  bool operator==(const Canvas& other) const { return whole_.same_bytes(other.whole_); }
+
+  // Checks everything around y.
+  void check_frame() const {
+    for (int64_t i = 0; i < whole_.rows(); ++i) {
+      for (int64_t j = 0; j < whole_.cols(); ++j) {
+        const bool inside = i >= 2 && i < m_ + 2 && j >= 11 && j < n_ + 11;
+        if (!inside) CHECK(whole_.get(i, j) == kPoison);
+      }
+    }
+  }
+
+ private:
+  static constexpr double kPoison = -12352;  // a number of every dtype
+  int64_t element_bytes() const { return dtype_bytes(dtype_); }
+
+  int64_t m_, n_;
+  Matrix whole_;
+  int32_t dtype_ = whole_.dtype();
+};
 
 inline double activate(double v, int32_t activation) {
   switch (activation) {
@@ -406,6 +447,14 @@ inline double activate(double v, int32_t activation) {
     default:
       return v;
   }
+}
+
+// What the epilogue makes of a sum.
+inline double finish(const Epilogue& e, const Inputs& in, int64_t row, int64_t col, double sum) {
+  if (e.bias) sum += in.bias.get(0, col);
+  const double residual = e.residual ? in.residual.get(row, col) : 0;
+  return e.order == SK_RESIDUAL_FIRST ? activate(sum + residual, e.activation)
+                                      : activate(sum, e.activation) + residual;
 }
 
 // x W^T in float64, and the sum of the products' sizes, [m][n] each.

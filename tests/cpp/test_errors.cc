@@ -492,7 +492,8 @@ void test_matmul() {
   refuse([](Args a) { a.m = int64_t{1} << 31; }, kInvalid,
          "matmul: expected m from 0 to 2^31 - 1, got 2147483648");
   refuse([](Args a) { a.activation = -1; }, kInvalid, "matmul: unknown activation -1");
-  refuse([](Args a) { a.activation = 5; }, kInvalid, "matmul: unknown activation 5");
+  refuse([](Args a) { a.activation = 6; }, kInvalid, "matmul: unknown activation 6");
+  refuse([](Args a) { a.residual_order = 2; }, kInvalid, "matmul: unknown residual_order 2");
   refuse([](Args a) { a.x = nullptr; }, kInvalid, "matmul: x or y is NULL");
   refuse([](Args a) { a.y = nullptr; }, kInvalid, "matmul: x or y is NULL");
   refuse([](Args a) { a.x_row_stride = 10; }, kInvalid,
@@ -573,11 +574,11 @@ void test_registry() {
   for (const sk_candidate& c : out) CHECK(c.name == nullptr);
   CHECK_FAILS(sk_explain("matmul", "nm", &p, SK_F32, 1, 64, 64, 1, nullptr), kInvalid,
               "out is NULL");
-  CHECK_OK(explain("conv2d", "nm", &p, 1, 64));
+  CHECK_OK(explain("attention", "nm", &p, 1, 64));
   for (size_t i = 0; i < out.size(); ++i) {
     CHECK(!out[i].ok && !out[i].chosen && out[i].cost_us == 0 && out[i].reason[0]);
     if (kernels()[i].available && kernels()[i].device_type == SK_CPU)
-      CHECK(std::string(out[i].reason) == "does matmul, not conv2d");
+      CHECK(out[i].reason == std::string("does ") + kernels()[i].op + ", not attention");
   }
 }
 

@@ -21,45 +21,6 @@ constexpr Shape kShapes[] = {{1, 1, true},     {17, 1, false},   {1, 37, false},
                              {33, 70, true},   {65, 131, false}, {97, 203, false}, {16, 64, false},
                              {601, 40, false}, {5, 700, false}};
 
-// y in the middle of a larger matrix whose other elements must keep their value.
-class Canvas {
- public:
-  Canvas(int32_t dtype, int64_t m, int64_t n) : m_(m), n_(n), whole_(dtype, m + 4, n + 23) {
-    clear();
-  }
-
-  void clear() {
-    for (int64_t i = 0; i < whole_.rows(); ++i) {
-      for (int64_t j = 0; j < whole_.cols(); ++j) whole_.set(i, j, kPoison);
-    }
-  }
-  void* y() {
-    return static_cast<uint8_t*>(whole_.data()) + (2 * whole_.stride() + 11) * element_bytes();
-  }
-  int64_t stride() const { return whole_.stride(); }
-  double get(int64_t i, int64_t j) const { return whole_.get(i + 2, j + 11); }
-  void set(int64_t i, int64_t j, double value) { whole_.set(i + 2, j + 11, value); }
-  bool operator==(const Canvas& other) const { return whole_.same_bytes(other.whole_); }
-
-  // Checks everything around y.
-  void check_frame() const {
-    for (int64_t i = 0; i < whole_.rows(); ++i) {
-      for (int64_t j = 0; j < whole_.cols(); ++j) {
-        const bool inside = i >= 2 && i < m_ + 2 && j >= 11 && j < n_ + 11;
-        if (!inside) CHECK(whole_.get(i, j) == kPoison);
-      }
-    }
-  }
-
- private:
-  static constexpr double kPoison = -12352;  // a number of every dtype
-  int64_t element_bytes() const { return dtype_bytes(dtype_); }
-
-  int64_t m_, n_;
-  Matrix whole_;
-  int32_t dtype_ = whole_.dtype();
-};
-
 // The weight in each format that holds it, the C interface's inverses checked on the way.
 std::map<std::string, Buffer> pack_all(const Weight& w) {
   const Canonical canonical = compress(w.dense, w.mask, w.pattern, w.dtype);
@@ -92,6 +53,7 @@ void test_exact(const std::vector<sk_kernel_info>& kernels, std::set<std::string
   const Epilogue epilogues[] = {{},
                                 {true, false, SK_ACTIVATION_NONE},
                                 {true, true, SK_ACTIVATION_RELU},
+                                {true, true, SK_ACTIVATION_RELU6, SK_RESIDUAL_FIRST},
                                 {false, true, SK_ACTIVATION_NONE},
                                 {false, false, SK_ACTIVATION_RELU}};
   Random random(1);
@@ -110,11 +72,7 @@ void test_exact(const std::vector<sk_kernel_info>& kernels, std::set<std::string
           Canvas expected(dtype, m, w.n), canvas(dtype, m, w.n);
           for (int64_t row = 0; row < m; ++row) {
             for (int64_t col = 0; col < w.n; ++col) {
-              const double sum =
-                  sums.value[size_t(row * w.n + col)] + (e.bias ? in.bias.get(0, col) : 0);
-              expected.set(
-                  row, col,
-                  activate(sum, e.activation) + (e.residual ? in.residual.get(row, col) : 0));
+              expected.set(row, col, finish(e, in, row, col, sums.value[size_t(row * w.n + col)]));
             }
           }
           const Canvas untouched(dtype, m, w.n);

@@ -60,12 +60,12 @@ struct Setup {
     CHECK_OK(sk_default_format(&pattern, dtype, "auto", format));
     preference = {"matmul", format, pattern, dtype, 96, 160, 2, SK_CPU, 0, 1, kMaxM, nullptr};
   }
-  // Kernels that read the format and compute the dtype, on this machine or not.
+  // Matmuls that read the format and compute the dtype, on this machine or not.
   std::vector<const char*> kernels() const {
     std::vector<const char*> names;
     for (const sk::Kernel& kernel : sk::kernels()) {
       if (kernel.where.device_type == SK_CPU && kernel.reads(sk::find_format(format)) &&
-          kernel.dtype_code == preference.dtype)
+          kernel.dtype_code == preference.dtype && !std::strcmp(kernel.op, preference.op))
         names.push_back(kernel.name);
     }
     return names;

@@ -103,7 +103,7 @@ def test_a_generator_of_every_kind_of_batch_gives_the_same():
 
 def test_one_second_moment_is_alive_at_a_time(monkeypatch):
     alive, most = weakref.WeakSet(), []
-    moment = Calibration.moment
+    moment = Calibration.moments
 
     def counted(self, group):
         most.append(len(alive))  # Before the next one is made.
@@ -111,7 +111,7 @@ def test_one_second_moment_is_alive_at_a_time(monkeypatch):
         alive.add(out)
         return out
 
-    monkeypatch.setattr(Calibration, "moment", counted)
+    monkeypatch.setattr(Calibration, "moments", counted)
     prune(small(), "2:4", "sparsegpt", calibration=batches_of(), progress=False)
     assert most == [0, 0]
 
@@ -158,7 +158,7 @@ def test_targets_ignore_and_patterns_by_name():
             "targets: 'nothing\\*' matches no layer; the layers are '0', '2'",
         ),
         ({"pattern": {"x": "2:4"}}, "pattern: 'x' matches no layer"),
-        ({"ignore": "*"}, "no nn.Linear that targets and ignore leave"),
+        ({"ignore": "*"}, "no nn.Linear, nn.Conv1d or nn.Conv2d that targets and ignore leave"),
         ({"pattern": {"0": None}}, "no layer can be pruned"),
         ({"pattern": "3:5"}, "m must be one of"),
         ({"method": "best"}, "unknown method 'best'; known are magnitude, sparsegpt, wanda"),

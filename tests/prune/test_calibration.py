@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.prune.calibration import Calibration, Layer, read_batches
+from sparsekit.prune.calibration import Calibration, read_batches
+from sparsekit.prune.layers import Layer
 
 
 class Block(nn.Module):
@@ -149,7 +150,7 @@ def test_moments_are_those_of_the_model_pruned_so_far(cache_bytes, in_place):
     layers = layers_of(model)
     with Calibration(model, read_batches(batches), layers, cache_bytes) as calibration:
         for group in calibration.groups:
-            moment = calibration.moment(group)
+            (moment,) = calibration.moments(group)
             # A copy without playback, with the weights as they are now.
             fresh = Model(in_place=in_place)
             fresh.load_state_dict(model.state_dict())
@@ -171,7 +172,7 @@ def test_finished_blocks_are_played_back_not_computed(model):
             model, read_batches(batches), layers_of(model), cache_bytes
         ) as calibration:
             for group in calibration.groups:
-                calibration.moment(group)
+                calibration.moments(group)
                 calibration.done(group)
         runs[cache_bytes] = [block.runs for block in model.layer]
     # Traced on one batch; then a block runs for its own two groups, and once more to be cached.
@@ -183,7 +184,7 @@ def test_the_forward_stops_after_the_group(model):
     batches = batches_of()
     with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
         before = model.layer[1].runs
-        calibration.moment(calibration.groups[1])
+        calibration.moments(calibration.groups[1])
         assert model.layer[1].runs == before
 
 
@@ -192,7 +193,7 @@ def test_padding_is_left_out(model):
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     batches = read_batches([{"x": x, "attention_mask": mask}])
     with Calibration(model, batches, layers_of(model)) as calibration:
-        moment = calibration.moment(calibration.groups[0])
+        (moment,) = calibration.moments(calibration.groups[0])
     real = x[mask.bool()]
     torch.testing.assert_close(moment, real.t() @ real / 8)
 
@@ -205,14 +206,14 @@ def test_inputs_that_are_not_finite_are_refused_by_name(model, value):
         Calibration(model, read_batches(batches), layers_of(model)) as calibration,
         pytest.raises(ValueError, match=r"inputs of layer 'layer\.0\.q' hold NaN or infinity"),
     ):
-        calibration.moment(calibration.groups[0])
+        calibration.moments(calibration.groups[0])
 
 
 def test_half_precision_inputs_are_summed_in_float32(model):
     model.bfloat16()
     batches = [batch.bfloat16() for batch in batches_of()]
     with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
-        moment = calibration.moment(calibration.groups[0])
+        (moment,) = calibration.moments(calibration.groups[0])
     x = torch.cat(batches).flatten(0, 1).float()
     assert moment.dtype == torch.float32
     torch.testing.assert_close(moment, x.t() @ x / len(x))
@@ -225,7 +226,7 @@ def test_the_model_comes_back_as_it_was(model):
     with Calibration(model, read_batches(batches_of()), layers_of(model)) as calibration:
         assert not any(module.training for module in model.modules())
         for group in calibration.groups:
-            calibration.moment(group)
+            calibration.moments(group)
             calibration.done(group)
         assert "forward" in model.layer[0].__dict__
     assert {name: module.training for name, module in model.named_modules()} == flags
@@ -246,6 +247,6 @@ def test_a_shared_layer_counts_every_call():
 
     model, x = Twice(), torch.randn(6, 4)
     with Calibration(model, read_batches([x]), layers_of(model)) as calibration:
-        moment = calibration.moment(calibration.groups[0])
+        (moment,) = calibration.moments(calibration.groups[0])
     both = torch.cat([x, torch.tanh(model.a(x))]).detach()
     torch.testing.assert_close(moment, both.t() @ both / 12)

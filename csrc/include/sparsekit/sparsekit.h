@@ -147,7 +147,8 @@ typedef struct sk_matmul_args {
  * of its own. */
 typedef struct sk_conv2d_shape {
   int64_t batch, in_height, in_width, in_channels;
-  int64_t x_image_stride, x_line_stride, x_pixel_stride; /* in elements; channels lie side by side */
+  int64_t x_image_stride, x_line_stride,
+      x_pixel_stride; /* in elements; channels lie side by side */
   int64_t kernel_height, kernel_width;
   int64_t stride_height, stride_width;
   int64_t dilation_height, dilation_width;

@@ -13,6 +13,7 @@ import types
 from sparsekit.prune.api import prune
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
+from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
@@ -27,7 +28,10 @@ __all__ = [
     "PruneReport",
     "PrunedLayer",
     "distill",
+    "find_permutation",
     "hold_masks",
+    "kept_share",
+    "permute_channels",
     "prune",
 ]
 

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
-from sparsekit.prune.calibration import CACHE_BYTES, Batch, Calibration, Layer, read_batches
+from sparsekit.prune.calibration import CACHE_BYTES, Calibration, read_batches
+from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import METHODS
+from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
     ReconstructionOptions,
+    reconstruct,
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
@@ -35,12 +38,18 @@ def prune(
     solver_block: int = 128,
     dampening: float = 0.01,
     cache_bytes: int = CACHE_BYTES,
+    pixels: int = PIXELS,
 ) -> PruneReport:
-    """Prune the linear layers of a model in place.
+    """Prune the linear layers and convolutions of a model in place.
+
+    A convolution is pruned along its input channels, within each tap of its filters. Depthwise
+    convolutions stay dense; so do, unless `targets` names them, those that read fewer than 8
+    channels, which is where images enter.
 
     With calibration the layers are done in the order they run: the batches go through the model
     up to the next layers that share an input, these are pruned, and the layers after them see
-    what the pruned ones put out. One second moment `[k, k]` is in memory at a time.
+    what the pruned ones put out. One second moment `[k, k]` is in memory at a time, where k of a
+    convolution is its kernel size times its input channels.
 
     Args:
         model: changed in place: pruned weights become exactly zero, and a reconstruction changes
@@ -52,7 +61,8 @@ def prune(
             of positional arguments, or a mapping of keyword arguments. Read once, so a generator
             will do. Tokens that a batch's 2-D `attention_mask` leaves out are not counted. With
             it, the report holds each layer's error for methods that do not need it as well.
-        targets: globs or `re:` expressions of the layers to prune; None means every `nn.Linear`.
+        targets: globs or `re:` expressions of the layers to prune; None means every `nn.Linear`,
+            `nn.Conv1d` and `nn.Conv2d`.
         ignore: layers to leave dense, wins over `targets`.
         progress: show a progress bar.
         reconstruction: what happens to the kept weights, a name in `RECONSTRUCTIONS`: "none",
@@ -60,15 +70,18 @@ def prune(
         solver_block: SparseGPT's column batch.
         dampening: fraction of the mean diagonal added to the second moment's diagonal.
         cache_bytes: most memory for outputs of finished blocks, which spares recomputing them.
+        pixels: most output pixels of a convolution that count in one batch; of more, this many are
+            drawn evenly, the same ones every time.
 
     Returns:
         What was done to each layer, with the masks.
 
     Raises:
-        ValueError: unknown method or reconstruction, calibration missing where it is needed,
-            empty, exhausted or not made of batches, no layer to prune, a weight that is empty
-            or holds NaN or infinities: the model is as before. Inputs of a layer that hold NaN
-            or infinities, or cannot be inverted: the layers before it are pruned already.
+        ValueError: unknown method or reconstruction, a number of pixels below 1, calibration
+            missing where it is needed, empty, exhausted or not made of batches, no layer to prune,
+            a weight that is empty or holds NaN or infinities: the model is as before. Inputs of a
+            layer that hold NaN or infinities, or cannot be inverted: the layers before it are
+            pruned already.
     """
     started = time.perf_counter()
     chosen_method = _lookup(METHODS, method, "method")
@@ -79,6 +92,8 @@ def prune(
             f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
             "calibration=batches, or use method='magnitude'"
         )
+    if pixels < 1:
+        raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
     batches = None if calibration is None else read_batches(calibration)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
@@ -88,35 +103,41 @@ def prune(
     done: list[PrunedLayer] = []
     masks: dict[str, Tensor] = {}
 
-    def prune_layer(layer: Layer, moment: Tensor | None) -> None:
+    def prune_layer(layer: Layer, moments: Tensor | None) -> None:
         wanted = chosen[layer.name][1]
         weight = layer.weight
-        before = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        before = layer.matrices(weight.to(dtype, copy=True), wanted)
+        if moments is not None:
+            moments = layer.pad_moments(moments, wanted)
         try:
-            after, mask = solve(before, wanted, chosen_method.score, moment, options)
+            after, mask = reconstruct(solve, before, wanted, chosen_method.score, moments, options)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ValueError(
                 f"prune: the inputs of layer {layer.name!r} are too alike to invert their second "
                 f"moment with dampening={dampening}; raise it, or pass more calibration data"
             ) from error
-        weight.copy_(after)
-        masks[layer.name] = mask
-        lost = None if moment is None else relative_error(before, weight.to(before.dtype), moment)
+        weight.copy_(layer.from_matrices(after))
+        masks[layer.name] = layer.from_matrices(mask)
+        lost = None
+        if moments is not None:
+            lost = relative_error(before, layer.matrices(weight.to(dtype), wanted), moments)
         done.append(_describe(layer.name, weight, wanted, lost))
 
     layers = [layer for layer, _ in chosen.values()]
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
-        def apply(group: Iterable[Layer], moment: Tensor | None) -> None:
+        def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
             for layer in group:
                 bar.set_postfix_str(layer.name, refresh=False)
-                prune_layer(layer, moment)
+                prune_layer(layer, moments)
                 bar.update()
 
         if batches is None:
             apply(layers, None)
         else:
-            for layer in _calibrated(model, batches, layers, cache_bytes, apply):
+            run = Calibration(model, batches, layers, cache_bytes, pixels)
+            for layer in _calibrated(run, apply):
                 dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
     done += [
         _describe(layer_name, module.weight, None, None, reason)
@@ -126,17 +147,13 @@ def prune(
 
 
 def _calibrated(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    layers: Sequence[Layer],
-    cache_bytes: int,
-    apply: Callable[[Iterable[Layer], Tensor], None],
+    calibration: Calibration, apply: Callable[[Iterable[Layer], Tensor], None]
 ) -> list[Layer]:
     """Apply to each group once the groups before it are done; returns the unreached layers."""
-    with Calibration(model, batches, layers, cache_bytes) as calibration:
+    with calibration:
         for group in calibration.groups:
             # Passed on without a name here: the next one is made when this one is gone.
-            apply(group.layers, calibration.moment(group))
+            apply(group.layers, calibration.moments(group))
             calibration.done(group)
         return calibration.unreached
 
@@ -169,5 +186,5 @@ def _describe(
     name: str, weight: Tensor, pattern: Pattern | None, error: float | None, reason: str = ""
 ) -> PrunedLayer:
     zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
-    shape = (weight.shape[0], weight.shape[1])
+    shape = tuple(weight.shape)
     return PrunedLayer(name, shape, None if pattern is None else str(pattern), zeros, error, reason)

@@ -4,7 +4,8 @@ Works on any module without tracing it to a graph:
 
 1. One hooked forward finds the order in which the layers run and which of them share an input
    (query, key and value, for instance). Layers that share an input share one second moment.
-2. `Calibration.moment(group)` runs the batches up to the group's last layer, adds up the second
+   Convolutions share it when they also read the same patches of that input.
+2. `Calibration.moments(group)` runs the batches up to the group's last layer, adds up the second
    moment of what the group sees, and stops the forward there. Layers pruned before it are already
    pruned in that forward, so each group is calibrated on the inputs it will really get.
 
@@ -27,6 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sparsekit.prune.layers import Layer, Prunable
+from sparsekit.prune.patches import PIXELS, geometry, patches
 
 CACHE_BYTES = 2 << 30
 
@@ -88,18 +92,6 @@ def _read_batch(batch: Any, index: int, what: str) -> Batch:
 
 
 @dataclass
-class Layer:
-    """A weight to prune and every module that computes with it (more than one when tied)."""
-
-    name: str
-    modules: list[nn.Linear]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.modules[0].weight
-
-
-@dataclass
 class Group:
     """Layers that read the same input tensor and therefore share its statistics."""
 
@@ -120,6 +112,7 @@ class Calibration:
         batches: what it is called with.
         layers: the layers of interest.
         cache_bytes: most memory for the outputs of finished blocks.
+        pixels: most output pixels of a convolution that are counted in each call.
     """
 
     def __init__(
@@ -128,8 +121,10 @@ class Calibration:
         batches: Sequence[Batch],
         layers: Sequence[Layer],
         cache_bytes: int = CACHE_BYTES,
+        pixels: int = PIXELS,
     ) -> None:
         self._model = model
+        self._pixels = pixels
         self._batches = batches
         self._cache_left = cache_bytes
         self._current = 0
@@ -164,37 +159,40 @@ class Calibration:
         for module in self._training:
             module.training = True
 
-    def moment(self, group: Group) -> Tensor:
-        """Mean of x xᵀ over the tokens the group's layers read, padding left out.
+    def moments(self, group: Group) -> Tensor:
+        """Mean of x xᵀ over the tokens or patches the group's layers read, padding tokens left out.
 
         Returns:
-            `[k, k]`, float32 (float64 for float64 weights), on the weight's device.
+            `[groups, k, k]`, one matrix for each group of a convolution's channels, for a linear
+            layer one; float32 (float64 for float64 weights), on the weight's device.
 
         Raises:
             ValueError: the inputs of a layer hold NaN or infinities (says which layer).
         """
-        weight = group.layers[0].weight
+        layer = group.layers[0]
+        weight = layer.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        size = weight.shape[1]
-        total = torch.zeros(size, size, dtype=dtype, device=weight.device)
+        size = weight.shape[1:].numel()
+        total = torch.zeros(layer.groups, size, size, dtype=dtype, device=weight.device)
         count = 0
-        first = set(group.layers[0].modules)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal count
-            if module in first:
-                rows = self._rows(inputs[0]).to(dtype)
-                total.addmm_(rows.t(), rows)
-                count += len(rows)
+            if module not in layer.modules:
+                return
+            for rows in self._rows(module, inputs[0]):
+                for part, mine in zip(total, rows.to(dtype), strict=True):
+                    part.addmm_(mine.t(), mine)
+                count += rows.shape[1]
 
         cached = self._caching()
         self._run(group, add, cached)
         self._start_playback(cached)
         if count == 0:
-            raise ValueError(f"calibration: layer {group.layers[0].name!r} saw no tokens")
+            raise ValueError(f"calibration: layer {layer.name!r} saw no tokens or pixels")
         if not bool(total.isfinite().all()):
             raise ValueError(
-                f"calibration: the inputs of layer {group.layers[0].name!r} hold NaN or infinity; "
+                f"calibration: the inputs of layer {layer.name!r} hold NaN or infinity; "
                 "check the batches, or compute in a wider dtype"
             )
         return total.div_(count)
@@ -207,11 +205,14 @@ class Calibration:
                 if self._waiting[block] == 0:
                     self._finished.append(block)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, module: nn.Module, x: Tensor) -> Iterable[Tensor]:
+        """`[groups, rows, k]` in blocks."""
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return patches(module, x, self._pixels)
         mask = self._batches[self._current].token_mask
         if mask is not None and mask.shape == x.shape[:-1]:
-            return x[mask.to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+            return (x[mask.to(x.device)][None],)
+        return (x.reshape(1, -1, x.shape[-1]),)
 
     def _run(self, group: Group, add: Any, cached: dict[nn.Module, list[Any]]) -> None:
         calls = 0
@@ -266,20 +267,18 @@ class Calibration:
 
     def _trace(self, layers: Sequence[Layer]) -> tuple[list[Group], list[Layer]]:
         """Groups in execution order, and the layers no batch reaches."""
-        owner: dict[nn.Module, Layer] = {
-            module: layer for layer in layers for module in layer.modules
-        }
+        owner = {module: layer for layer in layers for module in layer.modules}
         calls: dict[str, int] = {}
         seen: dict[str, tuple[Any, ...]] = {}
         alive: list[Tensor] = []
 
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(module: Prunable, inputs: tuple[Tensor, ...]) -> None:
             layer = owner[module]
             x = inputs[0]
             calls[layer.name] = calls.get(layer.name, 0) + 1
             alive.append(x)  # Its address must not be used again within this forward.
             version = None if x.is_inference() else x._version
-            key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, version)
+            key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, version, geometry(module))
             seen.setdefault(layer.name, key)
 
         by_name = {layer.name: layer for layer in layers}

@@ -45,7 +45,7 @@ def hold_masks(
 
     Args:
         model: trained as usual.
-        masks: module name -> bool `[n, k]`, True = kept; `PruneReport.masks`.
+        masks: module name -> bool of the weight's shape, True = kept; `PruneReport.masks`.
         optimizer: the only one to watch; None watches every `torch.optim` optimizer.
 
     Returns:

@@ -2,11 +2,12 @@
 
 Each function takes `(weight [n, k], pattern, score, moment [k, k] or None, options)` and returns
 `(weight, mask)` with exact zeros outside the mask. All arithmetic is in the moment's dtype.
+`reconstruct` applies one of them to a layer of any number of groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -148,8 +149,59 @@ RECONSTRUCTIONS: dict[str, Reconstruction] = {
 """Every reconstruction by name. All but "none" need calibration."""
 
 
+def reconstruct(
+    solve: Reconstruction,
+    weights: Tensor,
+    pattern: Pattern,
+    score: Score,
+    moments: Tensor | None,
+    options: ReconstructionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Solve every group of a layer with the statistics of its own inputs.
+
+    Args:
+        solve: a function of `RECONSTRUCTIONS`.
+        weights: `[groups, n, k]`.
+        pattern: what the groups' rows, one below the other, shall follow.
+        score: ranks the weights.
+        moments: `[groups, k, k]`, or None without calibration.
+        options: settings.
+
+    Returns:
+        Weights and mask, both `[groups, n, k]`.
+    """
+    given: Sequence[Tensor | None] = [None] * len(weights) if moments is None else list(moments)
+    shares = _shares(weights, pattern, score, given, options)
+    solved = [
+        solve(weight, share, score, moment, options)
+        for weight, share, moment in zip(weights, shares, given, strict=True)
+    ]
+    return torch.stack([weight for weight, _ in solved]), torch.stack([mask for _, mask in solved])
+
+
+def _shares(
+    weights: Tensor,
+    pattern: Pattern,
+    score: Score,
+    moments: Sequence[Tensor | None],
+    options: ReconstructionOptions,
+) -> list[Pattern]:
+    """The pattern inside each group. How many blocks a group keeps all groups decide together."""
+    if len(weights) == 1 or not isinstance(pattern, BlockSparse):
+        return [pattern] * len(weights)
+    scores = [
+        score(weight, None if moment is None else _columns(moment, options))
+        for weight, moment in zip(weights, moments, strict=True)
+    ]
+    kept = pattern.occupancy(pattern.mask(torch.cat(scores))).view(len(weights), -1)
+    return [replace(pattern, sparsity=1.0 - int(part.sum()) / part.numel()) for part in kept]
+
+
 def relative_error(dense: Tensor, pruned: Tensor, moment: Tensor) -> float:
-    """‖(W - W')X‖ / ‖WX‖ over the calibration inputs, from their second moment."""
+    """‖(W - W')X‖ / ‖WX‖ over the calibration inputs, from their second moment.
+
+    Weights `[n, k]` with a moment `[k, k]`, or both with one more leading dimension of groups.
+    """
     change = dense - pruned
     lost = ((change @ moment) * change).sum().clamp(min=0)
     total = ((dense @ moment) * dense).sum()

@@ -18,7 +18,8 @@ class PrunedLayer:
 
     Attributes:
         name: dotted module name.
-        shape: (out_features, in_features).
+        shape: of the weight, (out_features, in_features) or (out_channels, in_channels / groups,
+            *kernel_size).
         pattern: the pattern's spelling, None when the layer stayed dense.
         sparsity: fraction of zeros in the weight.
         error: ‖(W - W')X‖ / ‖WX‖ over the calibration inputs; None without calibration.
@@ -26,7 +27,7 @@ class PrunedLayer:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     pattern: str | None
     sparsity: float
     error: float | None = None
@@ -41,7 +42,7 @@ class PruneReport:
         method: name of the method.
         reconstruction: name of the reconstruction.
         layers: one entry per layer, pruned or not, in the order they were done.
-        masks: module name -> bool `[n, k]`, True = kept, for the pruned layers.
+        masks: module name -> bool of the weight's shape, True = kept, for the pruned layers.
         seconds: wall time.
     """
 
@@ -78,7 +79,7 @@ class PruneReport:
         for layer in self.layers:
             table.add_row(
                 layer.name or "(model)",
-                f"{layer.shape[0]}x{layer.shape[1]}",
+                "x".join(map(str, layer.shape)),
                 layer.pattern or "dense",
                 f"{layer.sparsity:.1%}",
                 "" if layer.error is None else f"{layer.error:.4f}",

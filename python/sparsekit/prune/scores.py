@@ -17,7 +17,8 @@ class Columns:
     """What calibration knows about the input columns of a weight, or of a slice of its columns.
 
     Args:
-        norms: `[k]`, root mean square of each input feature over the calibration tokens.
+        norms: `[k]`, root mean square of each input feature over the calibration tokens, or over
+            the patches under a convolution's filters (0 for padded columns).
         inverse_diagonal: makes the attribute of that name when a score first reads it: inverting
             costs k³ operations that most scores do without.
 

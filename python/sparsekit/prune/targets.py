@@ -14,7 +14,10 @@ from sparsekit.patterns import (
     resolve_pattern,
     select_modules,
 )
-from sparsekit.prune.calibration import Layer
+from sparsekit.prune.layers import PRUNABLE, Layer, Prunable, groups_of
+
+STEM_CHANNELS = 8
+"""Convolutions that read fewer channels stay dense unless `targets` names them."""
 
 
 def choose_layers(
@@ -22,8 +25,8 @@ def choose_layers(
     pattern: PatternChoice,
     targets: str | Sequence[str] | None,
     ignore: str | Sequence[str] | None,
-) -> tuple[dict[str, tuple[Layer, Pattern]], dict[str, tuple[nn.Linear, str]]]:
-    """Sort the chosen linear layers into those to prune and those that stay dense.
+) -> tuple[dict[str, tuple[Layer, Pattern]], dict[str, tuple[Prunable, str]]]:
+    """Sort the chosen linear layers and convolutions into those to prune and those that stay dense.
 
     Layers that share one weight are one `Layer` under the first name.
 
@@ -35,30 +38,33 @@ def choose_layers(
     """
     found = [
         (name, module)
-        for name, module in select_modules(model, targets, ignore, (nn.Linear,))
-        if isinstance(module, nn.Linear)
+        for name, module in select_modules(model, targets, ignore, PRUNABLE)
+        if isinstance(module, PRUNABLE)
     ]
     if isinstance(pattern, Mapping):
         require_match(pattern, [name for name, _ in found], "pattern")
     if not found:
         raise ValueError(
-            "prune: the model has no nn.Linear that targets and ignore leave to prune; "
-            "check both expressions"
+            "prune: the model has no nn.Linear, nn.Conv1d or nn.Conv2d that targets and ignore "
+            "leave to prune; check both expressions"
         )
     readers = _readers(model)
     chosen: dict[str, tuple[Layer, Pattern]] = {}
-    dense: dict[str, tuple[nn.Linear, str]] = {}
+    dense: dict[str, tuple[Prunable, str]] = {}
     first: dict[Tensor, str] = {}
     for name, module in found:
         wanted = resolve_pattern(name, pattern)
         if wanted is None:
             continue
         reason = _stays_dense(module, readers)
+        if reason is None and not isinstance(module, nn.Linear):
+            reason = _filters_stay_dense(module, wanted, named=targets is not None)
         if reason is not None:
             dense[name] = (module, reason)
         elif module.weight in first:
             owner = first[module.weight]
-            chosen[owner][0].modules.append(module)
+            if groups_of(module) == chosen[owner][0].groups:  # else its statistics do not add up
+                chosen[owner][0].modules.append(module)
             dense[name] = (module, f"shares its weight with {owner}: pruned there")
         else:
             first[module.weight] = name
@@ -70,7 +76,7 @@ def choose_layers(
 
 
 def _readers(model: nn.Module) -> dict[Tensor | nn.Module, str]:
-    """Weights and modules that somebody else than a Linear's own forward reads, and who."""
+    """Weights and modules that somebody else than a layer's own forward reads, and who."""
     out: dict[Tensor | nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -78,14 +84,14 @@ def _readers(model: nn.Module) -> dict[Tensor | nn.Module, str]:
         elif isinstance(module, nn.TransformerEncoderLayer):
             reason = f"nn.TransformerEncoderLayer {name!r} reads the weight in its fused path"
             out[module.linear1] = out[module.linear2] = reason
-        elif not isinstance(module, nn.Linear):
+        elif not isinstance(module, PRUNABLE):
             for _, parameter in module.named_parameters(recurse=False):
                 kind = type(module).__name__
                 out[parameter] = f"the weight is tied to {kind} {name!r}, which would change too"
     return out
 
 
-def _stays_dense(module: nn.Linear, readers: Mapping[Tensor | nn.Module, str]) -> str | None:
+def _stays_dense(module: Prunable, readers: Mapping[Tensor | nn.Module, str]) -> str | None:
     if module in readers:
         return readers[module]
     if parametrize.is_parametrized(module):
@@ -96,3 +102,23 @@ def _stays_dense(module: nn.Linear, readers: Mapping[Tensor | nn.Module, str]) -
     if type(weight.data) is not Tensor or not weight.is_floating_point():
         return f"it is quantised already ({type(weight.data).__name__}, {weight.dtype})"
     return readers.get(module.weight)
+
+
+def _filters_stay_dense(conv: nn.Conv1d | nn.Conv2d, pattern: Pattern, named: bool) -> str | None:
+    kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+    if (type(conv).forward, type(conv)._conv_forward) != (kind.forward, kind._conv_forward):
+        return f"{type(conv).__name__} computes in its own way: what it does with zeros is unknown"
+    filters, channels = conv.weight.shape[:2]
+    if channels == 1:
+        return "a filter reads one input channel (depthwise): there is nothing to choose among"
+    if channels < STEM_CHANNELS and not named:
+        return (
+            f"a filter reads {channels} input channels, fewer than {STEM_CHANNELS}: too few to "
+            "gain from it; targets= naming the layer prunes it all the same"
+        )
+    if conv.groups > 1 and filters // conv.groups % pattern.row_tile:
+        return (
+            f"its groups of {filters // conv.groups} filters cannot be cut into whole tiles of "
+            f"{pattern.row_tile} rows ({pattern})"
+        )
+    return None
