@@ -76,8 +76,7 @@ void test_ldmatrix() {
   const Statistics swizzled = simt::launch(launch_of(1, 32, kShared), tile<true>);
   CHECK(plain.bank_conflicts(Op::kStoreShared) == 0 &&
         swizzled.bank_conflicts(Op::kStoreShared) == 0);
-  CHECK(plain.bank_conflicts(Op::kLdmatrix) ==
-        4 * 4 * 7);  // eight rows in one group of four banks
+  CHECK(plain.bank_conflicts(Op::kLdmatrix) == 4 * 4 * 7);  // eight rows in one group of four banks
   CHECK(swizzled.bank_conflicts(Op::kLdmatrix) == 0);
   CHECK(swizzled.instructions(Op::kLdmatrix) == 4 && swizzled.instructions(Op::kStoreShared) == 4);
 }
