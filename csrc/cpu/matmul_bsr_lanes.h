@@ -167,8 +167,8 @@ template <class S>
 double bsr_lanes_cost_us(const Problem& p) {
   const double tokens = double(p.m) + 4 * double(p.m) / std::min(double(p.m), 25.0);
   const double multiplies = tokens * double(p.n) * double(p.k) * p.kept_share() / S::kLanes;
-  const bool conflict = p.op == "matmul" && p.k * dtype_size(p.dtype) % 2048 == 0;
-  const double rate = (S::kLanes == 16 ? 6.5e3 : 6e3) * (conflict ? 0.85 : 1);
+  const bool conv = p.op == "conv2d", conflict = !conv && p.k * dtype_size(p.dtype) % 2048 == 0;
+  const double rate = (S::kLanes == 16 ? conv ? 7.2e3 : 6.5e3 : 6e3) * (conflict ? 0.85 : 1);
   return std::max(weight_bytes(p) / 20e3, multiplies / rate) / p.threads + 2;
 }
 
