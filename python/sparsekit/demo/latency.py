@@ -108,7 +108,11 @@ def sparse_engines(sparse: nn.Module, dtype: torch.dtype, compile_models: bool) 
     suffix = str(dtype).removeprefix("torch.")
     return [
         Engine(f"sparsekit eager {suffix}", True, _eager(sparse)),
-        Engine(f"sparsekit torch.compile {suffix}", True, _compiled(sparse, compile_models)),
+        Engine(
+            f"sparsekit torch.compile, frozen {suffix}",
+            True,
+            _compiled(sparse, compile_models, freeze=True),
+        ),
     ]
 
 
@@ -243,8 +247,9 @@ def _compiled(
         from torch._inductor import config
 
         compiled = torch.compile(model, dynamic=dynamic)
-        # Freezing folds and prepacks dense weights; packed sparse ones have nothing to fold. As an
-        # option of torch.compile it would come too late: parameters are captured before.
+        # Freezing prepacks dense weights and fuses their activations; packed sparse ones stay what
+        # they are. As an option of torch.compile it would come too late: parameters are captured
+        # before.
         with config.patch(freezing=freeze):
             compiled(*inputs)
         return lambda: cast(Tensor, compiled(*inputs))
