@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       }
       ptx::cp_async_commit();  // an empty group, too: the wait below counts groups
     };
-    ptx::
-        sync_block();  // the ring is free: the last tile's epilogue is over; x has started the tile
+    // The ring is free, the last tile's epilogue is over; x has started the tile.
+    ptx::sync_block();
 #pragma unroll 1
     for (int s = 0; s < Tile::kStages - 1; ++s) copy_stage();
 #pragma unroll 1
