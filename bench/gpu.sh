@@ -3,11 +3,11 @@
 #
 #   bench/gpu.sh OUT [quick]
 #
-# OUT gets at most eight files: a log per step, the benchmark's report and figures, and summary.md, which is
+# OUT gets at most ten files: a log per step, the benchmarks' reports and figures, and summary.md, which is
 # printed as well. A step that fails is told there, and the next one runs; the exit status tells of any.
 #
 #   STEPS       which of "build test sanitize bench" to do; without build, the last one's is used
-#   TIME_LIMIT  seconds for everything (540); the benchmark takes what the others leave
+#   TIME_LIMIT  seconds for everything (540); the benchmarks take what the others leave
 #   SITE        where the package is installed (build/gpu-site)
 #   PYTHON      the Python that has torch (python3)
 #   ARCH        what to compile for (90)
@@ -105,11 +105,13 @@ bench() {
   if [[ -x $site/mma_rate ]]; then
     run mma_rate bench.log 60 bash -c "'$site/mma_rate' >'$out/mma_rate.json'"
   fi
-  local rest=$(($(left) - 10))
-  # It stops by itself before it would be ended: the case under way takes a few seconds more.
+  # Each stops by itself before it would be ended: the case under way takes a few seconds more.
+  local conv=90 rest=$(($(left) - 100))
   # shellcheck disable=SC2086
   run bench bench.log "$rest" "$python" -m bench.gpu --out "$out" --rates "$out/mma_rate.json" \
     --seconds $((rest - 30)) $quick ${BENCH_ARGS:-}
+  run "bench: convolutions" bench.log "$conv" "$python" -m bench.gpu_conv --out "$out" \
+    --seconds $((conv - 30))
 }
 
 for step in $steps; do

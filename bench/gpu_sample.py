@@ -16,12 +16,17 @@ import torch
 
 import sparsekit as sk
 from sparsekit import _native, testing
+from sparsekit.filters import FilterShape
 
 _PATTERNS = ("2:4", *(f"bsr{side}x{side}@0.5" for side in (16, 32, 64, 128)), "bsr64x16@0.5")
 
 # A single token, and tails in every direction; many columns for tiles that several blocks share.
 PROBLEMS = ((1, 72, 1000), (37, 264, 328), (130, 136, 2056))
 """(m, n, k)"""
+
+# 3x3 with a border: taps of fewer channels than they are padded to, tiles that several blocks share.
+IMAGES = ((1, 20, 7, 5, 72), (2, 136, 9, 8, 264))
+"""(images, Cin, height, width, Cout)"""
 
 
 @dataclass(frozen=True)
@@ -30,28 +35,39 @@ class Sample:
 
     kernel: _native.KernelInfo
     pattern: str
-    m: int
-    n: int
-    k: int
+    sizes: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.name} {self.pattern} m={self.m} {self.n}x{self.k}"
+        return f"{self.kernel.name} {self.pattern} {'x'.join(map(str, self.sizes))}"
 
 
 def samples(kernels: Sequence[_native.KernelInfo], device: torch.device) -> Iterator[Sample]:
-    """Every kernel with each problem of `PROBLEMS` and each pattern that it takes."""
+    """Every kernel with each problem of its operation and each pattern that it takes."""
     dtypes = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
     for kernel in kernels:
         for text in _PATTERNS:
             pattern = sk.parse_pattern(text)
             if not kernel.format.startswith(pattern.family):
                 continue
-            for m, n, k in PROBLEMS:
+            problems: tuple[tuple[int, ...], ...] = PROBLEMS
+            if kernel.op == "conv2d":
+                problems = IMAGES
+            for sizes in problems:
+                m, n, k = sizes if kernel.op == "matmul" else _product(sizes, pattern)
                 dtype = dtypes[kernel.dtype]
-                answers = _native.explain(kernel.format, pattern, dtype, n, k, m, device)
+                answers = _native.explain(
+                    kernel.format, pattern, dtype, n, k, m, device, op=kernel.op
+                )
                 if any(answer.kernel == kernel.name and answer.ok for answer in answers):
-                    yield Sample(kernel, text, m, n, k)
+                    yield Sample(kernel, text, sizes)
+
+
+def _product(sizes: tuple[int, ...], pattern: sk.Pattern) -> tuple[int, int, int]:
+    """(m, n, k) of a convolution of `IMAGES`."""
+    images, channels, height, width, outputs = sizes
+    n, k = FilterShape(outputs, channels, (3, 3)).matrix_shape(pattern)
+    return images * height * width, n, k
 
 
 def run(sample: Sample, device: torch.device) -> None:
@@ -60,15 +76,24 @@ def run(sample: Sample, device: torch.device) -> None:
     Raises:
         AssertionError: The result is wrong.
     """
+    if sample.kernel.op == "conv2d":
+        _run_conv2d(sample, device)
+    else:
+        _run_matmul(sample, device)
+
+
+def _run_matmul(sample: Sample, device: torch.device) -> None:
     dtypes = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
+    m, n, k = sample.sizes
     problem = testing.make_problem(
-        sample.m, sample.n, sample.k, sample.pattern, dtypes[sample.kernel.dtype], integers=True
+        m, n, k, sample.pattern, dtypes[sample.kernel.dtype], integers=True
     )
-    packed = sk.pack(problem.weight, sample.pattern, problem.mask, target="cuda").to(device)
+    packed = sk.pack(problem.weight, sample.pattern, problem.mask, target=_target(device))
+    packed = packed.to(device)
     y = torch.ops.sparsekit.linear(
         problem.x.to(device),
         packed.data,
-        sample.n,
+        n,
         problem.bias.to(device),
         "relu",
         problem.residual.to(device),
@@ -78,6 +103,45 @@ def run(sample: Sample, device: torch.device) -> None:
     testing.assert_matmul_exact(
         y.cpu(), problem.x, problem.weight, problem.bias, "relu", problem.residual
     )
+
+
+def _run_conv2d(sample: Sample, device: torch.device) -> None:
+    dtypes = {name: dtype for dtype, name in _native.DTYPE_NAMES.items()}
+    images, channels, height, width, outputs = sample.sizes
+    problem = testing.make_conv_problem(
+        (images, channels, height, width),
+        outputs,
+        (3, 3),
+        sample.pattern,
+        dtypes[sample.kernel.dtype],
+        padding=(1, 1, 1, 1),
+        integers=True,
+    )
+    packed = sk.pack(problem.weight, sample.pattern, problem.mask, target=_target(device))
+    packed = packed.to(device)
+    epilogue = (problem.bias, "relu", problem.residual, True)
+    y = torch.ops.sparsekit.conv2d(
+        problem.x.to(device),
+        packed.data,
+        outputs,
+        [3, 3],
+        [1, 1],
+        [1, 1, 1, 1],
+        [1, 1],
+        1,
+        packed.matrix_shape[1] // 9,
+        problem.bias.to(device),
+        "relu",
+        problem.residual.to(device),
+        True,
+        sample.kernel.name,
+        packed.meta.header if device.type == "cuda" else None,
+    )
+    testing.assert_conv2d_exact(y.cpu(), problem, *epilogue)
+
+
+def _target(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "reference"
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -413,5 +413,14 @@ def test_the_sample_has_every_kernel_of_a_device() -> None:
     here = [k for k in sk.kernels() if k.device == "cpu" and k.available and k.format == "nm"]
     found = list(gpu_sample.samples(here, torch.device("cpu")))
     assert {sample.kernel.name for sample in found} <= {kernel.name for kernel in here}
-    assert {(s.m, s.n, s.k) for s in found} == set(gpu_sample.PROBLEMS)
+    assert {s.sizes for s in found} == {*gpu_sample.PROBLEMS, *gpu_sample.IMAGES}
     assert len({sample.name for sample in found}) == len(found)
+
+
+def test_a_sample_runs_and_is_checked() -> None:
+    """With kernels of the CPU in the GPU's place."""
+    cpu = torch.device("cpu")
+    here = [k for k in sk.kernels() if k.name in ("conv2d_nm_f16_scalar", "matmul_nm_f16_scalar")]
+    for sample in gpu_sample.samples(here, cpu):
+        if sample.sizes in (gpu_sample.PROBLEMS[0], gpu_sample.IMAGES[0]):
+            gpu_sample.run(sample, cpu)

@@ -64,16 +64,17 @@ def test_every_step_runs_and_leaves_few_files(sandbox: Sandbox) -> None:
     done = sandbox.run()
     assert done.returncode == 0, done.stderr
     words = ["pip", "sk.__file__", "nvcc", "pytest -m gpu"]
-    words += ["--tool memcheck", "--tool racecheck", "mma_rate", "-m bench.gpu --out"]
+    words += ["--tool memcheck", "--tool racecheck", "mma_rate"]
+    words += ["-m bench.gpu --out", "-m bench.gpu_conv --out"]
     assert len(sandbox.calls) == len(words)
     for call, word in zip(sandbox.calls, words, strict=True):
         assert word in call
     assert "SPARSEKIT_CUDA_ARCHITECTURES=90" in sandbox.calls[0]
     assert f"--target {sandbox.site}" in sandbox.calls[0]
-    assert "--quick" not in sandbox.calls[-1]
+    assert "--quick" not in sandbox.calls[-2]
     assert done.stdout.endswith(sandbox.summary)
     assert "report" in sandbox.summary
-    assert len(list(sandbox.out.iterdir())) == 7  # and the figures of the benchmark
+    assert len(list(sandbox.out.iterdir())) == 7  # and three more from the benchmarks
 
 
 def test_a_failure_is_told_and_the_next_step_runs(sandbox: Sandbox) -> None:
@@ -81,8 +82,9 @@ def test_a_failure_is_told_and_the_next_step_runs(sandbox: Sandbox) -> None:
     assert done.returncode == 1
     assert "| pytest -m gpu | **failed**, status 7 |" in sandbox.summary
     assert "it broke" in done.stdout
-    assert "-m bench.gpu" in sandbox.calls[-1]
+    assert "-m bench.gpu_conv" in sandbox.calls[-1]
     assert "| bench | ok |" in sandbox.summary
+    assert "| bench: convolutions | ok |" in sandbox.summary
 
 
 def test_steps_are_chosen_and_arguments_passed_on(sandbox: Sandbox) -> None:
@@ -90,8 +92,8 @@ def test_steps_are_chosen_and_arguments_passed_on(sandbox: Sandbox) -> None:
         str(sandbox.out), "quick", STEPS="bench", BENCH_ARGS="--rows 1 16", ARCH="80"
     )
     assert done.returncode == 0
-    assert [call.split()[0] for call in sandbox.calls] == ["mma_rate", "python3"]
-    assert sandbox.calls[-1].endswith("--quick --rows 1 16")
+    assert [call.split()[0] for call in sandbox.calls] == ["mma_rate", "python3", "python3"]
+    assert sandbox.calls[-2].endswith("--quick --rows 1 16")
 
 
 def test_an_old_report_is_not_shown_as_new(sandbox: Sandbox) -> None:
@@ -108,7 +110,7 @@ def test_no_step_starts_when_time_is_up(sandbox: Sandbox) -> None:
     done = sandbox.run(TIME_LIMIT="5")
     assert done.returncode == 1
     assert sandbox.calls == []
-    assert sandbox.summary.count("| no time left |") == 8
+    assert sandbox.summary.count("| no time left |") == 9
 
 
 @pytest.mark.parametrize(
