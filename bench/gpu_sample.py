@@ -24,7 +24,7 @@ _PATTERNS = ("2:4", *(f"bsr{side}x{side}@0.5" for side in (16, 32, 64, 128)), "b
 PROBLEMS = ((1, 72, 1000), (37, 264, 328), (130, 136, 2056))
 """(m, n, k)"""
 
-# 3x3 with a border: taps of fewer channels than they are padded to, tiles that several blocks share.
+# 3x3 with a border: taps that are padded, and tiles that several blocks share.
 IMAGES = ((1, 20, 7, 5, 72), (2, 136, 9, 8, 264))
 """(images, Cin, height, width, Cout)"""
 
