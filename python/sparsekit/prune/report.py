@@ -18,8 +18,8 @@ class PrunedLayer:
 
     Attributes:
         name: dotted module name.
-        shape: of the weight, (out_features, in_features) or (out_channels, in_channels / groups,
-            *kernel_size).
+        shape: of the weight, (out_features, in_features) or (out_channels, in_channels / groups)
+            and the kernel's sizes.
         pattern: the pattern's spelling, None when the layer stayed dense.
         sparsity: fraction of zeros in the weight.
         error: ‖(W - W')X‖ / ‖WX‖ over the calibration inputs; None without calibration.
