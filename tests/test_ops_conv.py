@@ -315,13 +315,13 @@ def test_each_group_gets_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
         header=packed.meta.header,
     )
     assert len(calls) == 4
-    for group, (part, k, shape, data, rows, bias, *_, gpu) in enumerate(calls):
+    for group, (part, k, shape, data, y, bias, *_, gpu) in enumerate(calls):
         assert torch.equal(part, x[:, 4 * group : 4 * group + 4])
         assert part.data_ptr() % 16 == 0
         assert (k, shape.kernel_size, shape.out_size) == (9 * 8, (3, 3), (3, 4))
         assert torch.equal(data, packed.data.view(4, -1)[group])
-        assert rows.shape == (24, 8)
-        assert rows.storage_offset() == 8 * group
+        assert y.shape == (2, 8, 3, 4)
+        assert (y.storage_offset(), y.stride(3)) == (8 * group, 32)
         assert torch.equal(bias, problem.bias[8 * group : 8 * group + 8])
         assert gpu.header == _native.packed_header(data)
     with pytest.raises(ValueError, match=r"conv2d: a packed weight on a GPU needs its header"):

@@ -431,14 +431,15 @@ def conv2d(
     Args:
         x: [batch, channels, height, width] with channels side by side (`channels_last`).
         k: columns of the packed weight; its columns are [kernel height, width, channels], padded.
-        y: [batch * out height * out width, n]; residual alike.
+        y: [batch * out height * out width, n], or what `torch.empty` makes of [batch, n, out
+            height, out width] in `channels_last`, or some channels of that; residual alike.
     """
     batch, channels, height, width = x.shape
     image_stride, _, line_stride, pixel_stride = x.stride()
     if width == 1:  # this stride says nothing; so, images of one pixel are the rows of a matrix
         pixel_stride = line_stride if height > 1 else image_stride
     _C.conv2d(
-        y.shape[0],
+        y.shape[0] if y.dim() == 2 else batch * shape.out_size[0] * shape.out_size[1],
         y.shape[1],
         k,
         DTYPES[x.dtype],
@@ -458,6 +459,11 @@ def conv2d(
     )
 
 
+def _row_stride(y: Tensor) -> int:
+    # Of a matrix, or from pixel to pixel.
+    return y.stride(0) if y.dim() == 2 else y.stride(3)
+
+
 def _operands(
     data: Tensor,
     y: Tensor,
@@ -470,10 +476,10 @@ def _operands(
         data.data_ptr(),
         data.numel(),
         y.data_ptr(),
-        y.stride(0),
+        _row_stride(y),
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
-        0 if residual is None else residual.stride(0),
+        0 if residual is None else _row_stride(residual),
         residual_first,
         ACTIVATIONS[activation],
         torch.get_num_threads(),

@@ -235,8 +235,7 @@ def _conv2d(
     y = _images(x, n, out_size)
     # What is no group's own: converted once.
     images = _pixels(x)
-    rows = _pixel_rows(y)
-    added = None if residual is None else _pixel_rows(residual)
+    added = None if residual is None else _laid_out_as(y, residual)
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     for group in range(groups):
         part = _part(images, 1, group, groups)
@@ -245,7 +244,7 @@ def _conv2d(
             kernel_size[0] * kernel_size[1] * tap,
             shape,
             _part(packed, 0, group, groups),
-            _part(rows, 1, group, groups),
+            _part(y, 1, group, groups),
             None if bias is None else _part(bias, 0, group, groups),
             activation,
             None if added is None else _part(added, 1, group, groups),
@@ -355,17 +354,16 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x.new_empty((m, -(-k // unit) * unit))[:, :k].copy_(rows)
 
 
-def _pixel_rows(x: Tensor) -> Tensor:
-    """Images as a matrix: a row for each pixel."""
-    batch, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x.as_strided((batch * height * width, channels), (channels, 1))
+def _laid_out_as(y: Tensor, residual: Tensor) -> Tensor:
+    if residual.stride() == y.stride():
+        return residual
+    return torch.empty_like(y).copy_(residual)
 
 
+# In a network the code of torch is in no cache when a layer begins: each of its functions costs
+# tens of microseconds then, and sizes and strides are looked at in Python instead.
 def _pixels(x: Tensor) -> Tensor:
     """Images whose channels lie side by side and whose pixels, lines and images do not overlap."""
-    if x.is_contiguous(memory_format=torch.channels_last) and x.stride(3) == x.shape[1]:
-        return x
     _, channels, height, width = x.shape
     image, channel, line, pixel = x.stride()
     step = pixel if width > 1 else channels
