@@ -27,6 +27,7 @@ from torch.nn.utils import prune as torch_prune
 import sparsekit as sk
 from sparsekit import gate
 from sparsekit.convert import ConvertReport
+from sparsekit.convert.judge import MIN_CONV_SAVING_MS
 from sparsekit.gate import Verdict
 from sparsekit.nn import FoldedBatchNorm, FusedActivation, SparseConv1d, SparseConv2d
 from sparsekit.workload import ConvWorkload, LinearWorkload
@@ -723,7 +724,24 @@ def test_measured_for_real() -> None:
     report = sk.convert(model, "2:4", IMAGE, fold_batchnorm=True, progress=False, targets="*.conv1")
     for row in report.rows:
         assert row.speedup is not None
-        assert (row.verdict == "sparse") == (row.speedup >= gate.MIN_SPEEDUP)
+        assert row.dense_ms is not None
+        assert row.sparse_ms is not None
+        wins = row.speedup >= gate.MIN_SPEEDUP
+        assert (row.verdict == "sparse") == (
+            wins and row.dense_ms - row.sparse_ms >= MIN_CONV_SAVING_MS
+        )
+
+
+@pytest.mark.parametrize(("saved", "verdict"), [(0.04, "dense"), (0.06, "sparse")])
+def test_what_saves_little_stays_dense(
+    saved: float, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Verdict(0.1, 0.1 - saved, 0.1 / (0.1 - saved), "torch", "kernel")
+    monkeypatch.setattr(gate, "measure", lambda _: measured)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    row = sk.convert(model, "2:4", [X, X], progress=False).rows[0]
+    assert row.verdict == verdict
+    assert ("which saves 0.040 ms a call, less than 0.05" in row.reason) == (verdict == "dense")
 
 
 # --- the model afterwards ---------------------------------------------------------------------
