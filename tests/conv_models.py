@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 import sparsekit as sk
 from sparsekit.convert import ConvertReport
+from sparsekit.nn import SparseConv1d, SparseConv2d
 
 
 class BasicBlock(nn.Module):
@@ -209,3 +211,25 @@ def exact(model: nn.Module, x: Tensor) -> Tensor:
 def always(model: nn.Module, x: Any, pattern: Any = "2:4", **options: Any) -> ConvertReport:
     """`convert` without measuring."""
     return sk.convert(model, pattern, x, gate="always", progress=False, **options)
+
+
+def formats(model: nn.Module, x: Tensor) -> dict[str, bool]:
+    """For each convolution whether it gets its channels side by side."""
+    seen: dict[str, bool] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0].stride(1) == 1
+
+        return hook
+
+    kinds = (nn.Conv2d, nn.Conv1d, SparseConv2d, SparseConv1d)
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+    run(model, x)
+    for handle in handles:
+        handle.remove()
+    return seen

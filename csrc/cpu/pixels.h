@@ -21,7 +21,7 @@ template <class T>
 class Pixels {
  public:
   Pixels(const MatmulCall& call, int64_t columns, int64_t unit, int most)
-      : call_(call), columns_(columns), unit_(unit), most_(most) {
+      : call_(call), columns_(columns), most_(most) {
     const int64_t taps = call.conv ? call.conv->kernel_height * call.conv->kernel_width : 1;
     tap_columns_ = columns / taps;  // with several taps k needs no padding
     const int64_t channels = call.conv ? call.conv->in_channels : call.k;
@@ -64,7 +64,7 @@ class Pixels {
   }
 
   const MatmulCall& call_;
-  const int64_t columns_, unit_;
+  const int64_t columns_;
   const int most_;
   int64_t tap_columns_, whole_, tail_;
   const T **heads_, **tails_;
