@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +149,15 @@ def test_doctor_reports_the_machine() -> None:
 
 def test_table_aligns_columns() -> None:
     assert table(("a", "bb"), [("ccc", "d")]).splitlines() == ["a    bb", "---  --", "ccc  d"]
+
+
+def test_doctor_names_the_tensorrt_plugin_or_says_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An empty build folder, then one with the library.
+    monkeypatch.setattr(_native._C, "__file__", str(tmp_path / "_C.so"))
+    assert "TensorRT plugin" in doctor()
+    assert "none: built without TensorRT" in doctor()
+    plugin = tmp_path / "libsparsekit_tensorrt.so"
+    plugin.touch()
+    assert str(plugin) in doctor()

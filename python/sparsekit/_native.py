@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -601,6 +602,17 @@ def cuda_unavailable_reason() -> str:
 def build_info() -> dict[str, str]:
     """Version, compiler and options of the native build."""
     return dict(_C.build_info())
+
+
+def installed(name: str) -> Path | None:
+    """What the build installed beside the native module, if it did."""
+    path = Path(_C.__file__).parent / name
+    return path if path.exists() else None
+
+
+def tensorrt_plugin() -> Path | None:
+    """The TensorRT plugin library, if this build has one."""
+    return installed("libsparsekit_tensorrt.so")
 
 
 def reload_environment() -> None:

@@ -501,6 +501,7 @@ def doctor() -> str:
         ("torch", torch.__version__),
         *_gpus(),
         ("tuned kernels", _loaded()),
+        ("TensorRT plugin", str(_native.tensorrt_plugin() or "none: built without TensorRT")),
         *((f"build: {key}", value) for key, value in _native.build_info().items()),
     ]
     facts += [
