@@ -26,7 +26,11 @@ void check_memory(const char* op, const char* name, const void* address, int dev
   cudaPointerAttributes found;
   check_cuda(cudaPointerGetAttributes(&found, address), "looking up whose an address is");
   const bool on_a_gpu = found.type == cudaMemoryTypeDevice;
-  if ((on_a_gpu && found.device == device) || found.type == cudaMemoryTypeManaged) return;
+  if (on_a_gpu && found.device == device) return;
+  // What every GPU can read: managed memory, and host memory that is pinned and mapped, as a Jetson shares
+  // it with its GPU.
+  const bool mapped = found.type == cudaMemoryTypeHost && found.devicePointer == address;
+  if (mapped || found.type == cudaMemoryTypeManaged) return;
   throw Error(SK_INVALID_ARGUMENT,
               concat(op, ": expected ", name, " in the memory of device ", device, ", got ",
                      on_a_gpu ? concat("that of device ", found.device) : "host memory",
