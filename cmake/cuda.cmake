@@ -8,7 +8,7 @@ set(SPARSEKIT_CUDA_ARCHITECTURES all CACHE STRING "GPUs to compile for: all, nat
 # (ptxas makes the same instructions for both), 10.0 serves 10.3 and 12.0 serves 12.1. 9.0a runs on 9.0
 # alone, which has no successor, and is what wgmma needs. Jetsons are Arm: only there are 8.7 (Orin) and
 # 11.0 (Thor) in the list, and 8.9, which would otherwise be given the code of 8.7, not meant for it.
-# Each architecture costs half a minute of one core and 0.6 MB of the library, see docs/building.md.
+# Each architecture costs half a minute of one core and 0.3 MB of the library, see docs/building.md.
 set(SPARSEKIT_CUDA_ALL 80 86 90a 100 120)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(SPARSEKIT_CUDA_ALL 80 86 87 89 90a 100 110 120)
