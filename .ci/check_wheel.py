@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a Linux wheel, or a shared library alone, asks of the machine that it is installed on.
 
-    python .ci/check_wheel.py dist/*.whl build/libsparsekit_tensorrt.so
+    python .ci/check_wheel.py [--here] dist/*.whl build/libsparsekit_tensorrt.so
 
 Prints sizes and needs, and fails where a file is too large for PyPI, needs a library that is not on
 every Linux or a newer one than Ubuntu 22.04 has (JetPack 6), was built for another machine than the
@@ -138,8 +138,8 @@ def read_needs(data: bytes) -> Needs:
         raise ValueError(f"the ELF file is cut off or broken: {error}") from None
 
 
-def check_library(needs: Needs, newest: dict[str, str]) -> list[str]:
-    """Why a library cannot be loaded on every machine that `newest` stands for."""
+def check_library(needs: Needs, newest: dict[str, str], here: bool = False) -> list[str]:
+    """Why a library cannot be loaded on every machine with `newest`, or `here`: of any age."""
     problems = [
         f"needs {library}, which is not on every Linux; link it statically or load it at run time"
         for library in needs.libraries
@@ -149,8 +149,11 @@ def check_library(needs: Needs, newest: dict[str, str]) -> list[str]:
         limit = newest.get(name)
         if limit is None or not version:
             problems.append(f"needs symbols of {name} {version}".rstrip() + ", which no policy has")
-        elif _number(version) > _number(limit):
-            problems.append(f"needs {name} {version}; expected {limit} or older")
+        elif _number(version) > _number(limit) and not here:
+            problems.append(
+                f"needs {name} {version}; expected {limit} or older: build on an older system, "
+                "or for this one alone with --here"
+            )
     if needs.run_path:
         problems.append(f"looks for libraries in {needs.run_path}; expected no RPATH or RUNPATH")
     return problems
@@ -202,7 +205,7 @@ def _check_metadata(wheel: zipfile.ZipFile, info: str) -> Iterator[str]:
         yield "has no description in Markdown: expected README.md in METADATA"
 
 
-def check_wheel(path: Path) -> tuple[list[str], list[str]]:
+def check_wheel(path: Path, here: bool = False) -> tuple[list[str], list[str]]:
     """Lines to print, and what is wrong."""
     megabytes = path.stat().st_size / 1e6
     lines = [f"{path.name}: {megabytes:.2f} MB"]
@@ -226,31 +229,37 @@ def check_wheel(path: Path) -> tuple[list[str], list[str]]:
         for name in names:
             if not name.endswith(".so") and ".so." not in name:
                 continue
-            printed, found = check_file(name, wheel.read(name), expected.newest, expected.machine)
+            printed, found = check_file(
+                name, wheel.read(name), expected.newest, expected.machine, here
+            )
             lines += [f"  {line}" for line in printed]
-            problems += found
+            problems += [f"{name}: {problem}" for problem in found]
     return lines, problems
 
 
 def check_file(
-    name: str, data: bytes, newest: dict[str, str], machine: str | None
+    name: str,
+    data: bytes,
+    newest: dict[str, str],
+    machine: str | None = None,
+    here: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Lines to print about a shared library, and what is wrong with it."""
     size = f"{name}: {len(data) / 1e6:.2f} MB"
     try:
         needs = read_needs(data)
     except ValueError as error:
-        return [size], [f"{name}: {error}"]
+        return [size], [str(error)]
     versions = ", ".join(f"{n} {v}" for n, v in needs.versions.items())
     lines = [
         f"{size}, {needs.machine}",
         f"  needs {versions or 'no versions'}",
         f"  needs {', '.join(needs.libraries)}",
     ]
-    problems = check_library(needs, newest)
+    problems = check_library(needs, newest, here)
     if machine not in (None, needs.machine):
         problems.append(f"is for {needs.machine}; expected {machine}")
-    return lines, [f"{name}: {problem}" for problem in problems]
+    return lines, problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,12 +267,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="wheels and shared libraries"
     )
+    parser.add_argument(
+        "--here", action="store_true", help="for this machine alone: symbol versions of any age"
+    )
+    options = parser.parse_args(arguments)
     failed = False
-    for path in parser.parse_args(arguments).files:
-        if path.suffix == ".whl":
-            lines, problems = check_wheel(path)
-        else:
-            lines, problems = check_file(path.name, path.read_bytes(), NEWEST, None)
+    for path in options.files:
+        try:
+            if path.suffix == ".whl":
+                lines, problems = check_wheel(path, options.here)
+            else:
+                data = path.read_bytes()
+                lines, problems = check_file(path.name, data, NEWEST, here=options.here)
+        except (OSError, zipfile.BadZipFile) as error:
+            lines, problems = [], [f"cannot be read: {error}"]
         print("\n".join(lines))
         for problem in problems:
             print(f"{path.name}: error: {problem}", file=sys.stderr)

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
 
-def _load():
+def _load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("check_wheel", ROOT / ".ci/check_wheel.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["check_wheel"] = module  # dataclasses look their module up
@@ -99,7 +100,7 @@ def make_wheel(folder: Path, name: str = NAME, **files: bytes | None) -> list[st
     return check_wheel.check_wheel(path)[1]
 
 
-def test_reads_what_a_library_needs():
+def test_reads_what_a_library_needs() -> None:
     needs = check_wheel.read_needs(
         elf(("libm.so.6", "libc.so.6"), ("GLIBC_2.4", "GLIBC_2.17", "GLIBCXX_3.4", "GLIBC_2.3.4"))
     )
@@ -110,7 +111,7 @@ def test_reads_what_a_library_needs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file of this machine")
-def test_agrees_with_readelf():
+def test_agrees_with_readelf() -> None:
     if not (readelf := shutil.which("readelf")):
         pytest.skip("readelf is missing")
     from sparsekit import _native
@@ -142,24 +143,42 @@ def test_agrees_with_readelf():
         (elf()[:-8], "the ELF file is cut off or broken"),
     ],
 )
-def test_refuses_a_library(data: bytes, problem: str):
+def test_refuses_a_library(data: bytes, problem: str) -> None:
     found = problems_of(data)
     assert len(found) == 1
-    assert found[0].startswith(f"a.so: {problem}")
+    assert found[0].startswith(problem)
 
 
-def test_the_newest_versions_pass():
+def test_the_newest_versions_pass() -> None:
     names = tuple(f"{name}_{version}" for name, version in check_wheel.NEWEST.items())
     assert problems_of(elf(versions=names)) == []
 
 
-def test_another_machine():
+def test_another_machine() -> None:
     assert problems_of(elf(machine=183), "aarch64") == []
-    assert problems_of(elf(machine=183), "x86_64") == ["a.so: is for aarch64; expected x86_64"]
-    assert problems_of(elf(machine=3), "x86_64") == ["a.so: is for machine 3; expected x86_64"]
+    assert problems_of(elf(machine=183), "x86_64") == ["is for aarch64; expected x86_64"]
+    assert problems_of(elf(machine=3), "x86_64") == ["is for machine 3; expected x86_64"]
 
 
-def test_a_good_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_wheel(tmp_path, _C=elf(versions=("GLIBC_2.42",)))
+    assert check_wheel.main([str(tmp_path / NAME)]) == 1
+    assert check_wheel.main(["--here", str(tmp_path / NAME)]) == 0
+    # Only versions may differ.
+    make_wheel(tmp_path, _C=elf(("libcudart.so.13",)))
+    assert check_wheel.main(["--here", str(tmp_path / NAME)]) == 1
+    assert "needs libcudart.so.13" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / NAME).write_bytes(b"PK")
+    assert check_wheel.main([str(tmp_path / NAME), str(tmp_path / "none.so")]) == 1
+    wheel, library = capsys.readouterr().err.splitlines()
+    assert wheel.startswith(f"{NAME}: error: cannot be read: File is not a zip file")
+    assert library.startswith("none.so: error: cannot be read: ")
+
+
+def test_a_good_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_wheel(tmp_path) == []
     assert check_wheel.main([str(tmp_path / NAME)]) == 0
     printed = capsys.readouterr()
@@ -190,7 +209,8 @@ def test_a_good_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         # The tag promises glibc 2.28.
         (
             {"_C": elf(versions=("GLIBC_2.29",))},
-            f"{MODULE}: needs GLIBC 2.29; expected 2.28 or older",
+            f"{MODULE}: needs GLIBC 2.29; expected 2.28 or older: build on an older system, or for "
+            "this one alone with --here",
         ),
         ({"_C": elf(machine=183)}, f"{MODULE}: is for aarch64; expected x86_64"),
         (
@@ -200,11 +220,11 @@ def test_a_good_wheel(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ),
     ],
 )
-def test_refuses_a_wheel(tmp_path: Path, files: dict[str, bytes | None], problem: str):
+def test_refuses_a_wheel(tmp_path: Path, files: dict[str, bytes | None], problem: str) -> None:
     assert make_wheel(tmp_path, **files) == [problem]
 
 
-def test_a_wheel_of_this_machine_may_need_what_ubuntu_has(tmp_path: Path):
+def test_a_wheel_of_this_machine_may_need_what_ubuntu_has(tmp_path: Path) -> None:
     local = NAME.replace("manylinux_2_28", "linux")
     assert make_wheel(tmp_path, local, _C=elf(versions=("GLIBC_2.35",))) == []
 
@@ -219,12 +239,14 @@ def test_a_wheel_of_this_machine_may_need_what_ubuntu_has(tmp_path: Path):
         "sparsekit_kernels-0.1.0-py3-none-any.whl",
     ],
 )
-def test_refuses_a_name(tmp_path: Path, name: str):
+def test_refuses_a_name(tmp_path: Path, name: str) -> None:
     (problem,) = make_wheel(tmp_path, name)
     assert problem.startswith(f"the name is {name}; expected one as sparsekit_kernels-0.1.0-cp311")
 
 
-def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(check_wheel, "MAX_MEGABYTES", 0)
     (problem,) = make_wheel(tmp_path)
     assert problem == "has 0.0 MB; expected 0 or less"
