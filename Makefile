@@ -191,7 +191,7 @@ wheel: $(VENV)/.tools
 	$(BIN)/python .ci/check_wheel.py $(WHEEL_CHECK) dist/*.whl
 
 sdist: $(VENV)/.tools
-	rm -f dist/*.tar.gz
+	rm -f dist/sparsekit_kernels-*.tar.gz
 	$(PIP) install --quiet build
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 
