@@ -17,13 +17,16 @@
 #   make sanitize    C++ tests under ASan+UBSan and under TSan
 #   make docs        HTML documentation in docs/_build/html, warnings as errors
 #   make dev         editable build with every extra
-#   make wheel       wheel in dist/
+#   make wheel       wheel in dist/, with code for every GPU; fails where it would not run on Ubuntu 22.04
+#   make sdist       source distribution in dist/
+#   make cross-aarch64  the C++ library with CUDA for Jetsons, cross-compiled and tried in the emulator: dist/*.tar.gz
+#   make wheel-aarch64  the wheel for 64-bit Arm, cross-compiled (PYTHON: which version of Python it is for)
 #   make clean       removes build outputs, keeps $(VENV)
 
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel sdist aarch64-tools cross-aarch64 wheel-aarch64 clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -125,13 +128,15 @@ simt: $(VENV)/.tools
 
 # Once with every feature that the emulator has and once as a CPU without bf16. The first run compares
 # every kernel with its reference, those for NEON too; the second one looks at the choice among them.
-AARCH64_PACKAGES = g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
-test-aarch64: $(VENV)/.tools
-	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$program >/dev/null || \
-	  { echo "test-aarch64: $$program is missing; on Debian or Ubuntu: apt-get install --no-install-recommends $(AARCH64_PACKAGES)"; exit 1; }; done
+test-aarch64: $(VENV)/.tools aarch64-tools
 	$(call CONFIGURE,aarch64) --toolchain cmake/aarch64-linux-gnu.cmake
 	$(call CTEST,aarch64) --parallel 2
 	SPARSEKIT_ISA=neon ctest --test-dir build/aarch64 --output-on-failure --parallel 2 -R 'test_(errors|example|registry|threads)'
+
+AARCH64_PACKAGES = g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+aarch64-tools:
+	@for program in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$program >/dev/null || \
+	  { echo "$$program is missing; on Debian or Ubuntu: apt-get install --no-install-recommends $(AARCH64_PACKAGES)"; exit 1; }; done
 
 # TSan: where threads meet. test_threads has every kernel of test_matmul, which would take another minute.
 THREADED_TESTS = test_conv2d test_preferences test_registry test_threads
@@ -178,9 +183,60 @@ docs: $(VENV)/.extra-docs
 
 # ---- shipping it ----------------------------------------------------------------------------------
 
+# WHEEL_CHECK=--here: a system newer than Ubuntu 22.04 builds for itself.
+WHEEL_CHECK ?=
 wheel: $(VENV)/.tools
 	rm -rf dist
 	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,all) --wheel-dir dist .
+	$(BIN)/python .ci/check_wheel.py $(WHEEL_CHECK) dist/*.whl
+
+sdist: $(VENV)/.tools
+	rm -f dist/sparsekit_kernels-*.tar.gz
+	$(PIP) install --quiet build
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+
+# A compiler for x86-64 that makes code for Arm, and the runtime for Arm.
+build/aarch64-toolkit/.done: .ci/aarch64_cuda.sh | $(VENV)/.tools
+	PYTHON=$(abspath $(BIN))/python .ci/aarch64_cuda.sh $(@D)
+	touch $@
+
+# Orin and Thor. Wheels get all.
+JETSON_ARCHITECTURES ?= 87;110
+# Where TensorRT's headers are; without them the plugin is left out.
+TENSORRT_INCLUDE_DIR ?=
+AARCH64_NVCC = $(abspath build/aarch64-toolkit/bin/nvcc)
+AARCH64_TREE = sparsekit-$(shell sed -n 's/.*sparsekit VERSION \([0-9.]*\).*/\1/p' CMakeLists.txt)-linux-aarch64
+
+# No driver, no GPU: the tests are of what the library says and does then. `make test-aarch64` runs every kernel,
+# and what emulates a GPU runs on the machine itself.
+cross-aarch64: $(VENV)/.tools aarch64-tools build/aarch64-toolkit/.done
+	$(call CONFIGURE,aarch64-cuda) --toolchain cmake/aarch64-linux-gnu.cmake -DSPARSEKIT_CUDA=ON \
+	  '-DSPARSEKIT_CUDA_ARCHITECTURES=$(JETSON_ARCHITECTURES)' -DCMAKE_CUDA_COMPILER=$(AARCH64_NVCC) \
+	  $(if $(TENSORRT_INCLUDE_DIR),-DSPARSEKIT_TENSORRT=ON -DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR))
+	$(call CTEST,aarch64-cuda) --parallel 2 -E '(simt|emulated|stand_in|test_(matmul|conv2d|fuzz|threads))'
+	rm -rf build/$(AARCH64_TREE)
+	cmake --install build/aarch64-cuda --prefix build/$(AARCH64_TREE)
+	cp LICENSE build/$(AARCH64_TREE)/
+	$(BIN)/python .ci/check_wheel.py build/aarch64-cuda/tests/cpp/test_example \
+	  $$(find build/$(AARCH64_TREE) -name '*.so')
+	mkdir -p dist
+	tar -C build -czf dist/$(AARCH64_TREE).tar.gz $(AARCH64_TREE)
+
+# The headers of Python are those of this machine's: both are 64-bit little-endian Linux, and what differs in
+# pyconfig.h (assembler for x87 and the like) is for building Python itself.
+wheel-aarch64: $(VENV)/.tools aarch64-tools build/aarch64-toolkit/.done
+	rm -f dist/*aarch64.whl
+	suffix=.cpython-$$($(BIN)/python -c 'import sys; print("%d%d" % sys.version_info[:2])')-aarch64-linux-gnu.so; \
+	_PYTHON_HOST_PLATFORM=linux-aarch64 SETUPTOOLS_EXT_SUFFIX=$$suffix \
+	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,all) --wheel-dir dist \
+	  '--config-settings=cmake.args=--toolchain;$(abspath cmake/aarch64-linux-gnu.cmake)' \
+	  --config-settings=cmake.define.PYTHON_MODULE_EXTENSION=$$suffix \
+	  --config-settings=cmake.define.pybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  --config-settings=cmake.define.SPARSEKIT_CUDA=ON \
+	  --config-settings=cmake.define.CMAKE_CUDA_COMPILER=$(AARCH64_NVCC) \
+	  $(if $(TENSORRT_INCLUDE_DIR),--config-settings=cmake.define.SPARSEKIT_TENSORRT=ON \
+	    --config-settings=cmake.define.TENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR)) .
+	$(BIN)/python .ci/check_wheel.py dist/*aarch64.whl
 
 clean:
 	rm -rf build dist docs/_build

@@ -22,7 +22,11 @@ ROOT = Path(__file__).parent.parent
 
 # Of an SM: 32-bit registers, and KiB of shared memory by compute capability.
 REGISTERS = 65536
-SHARED_KIB = {"80": 164, "87": 164, "90": 228, "90a": 228, "100": 228, "110": 228, "120": 100}
+SHARED_KIB = {
+    **dict.fromkeys(("80", "87"), 164),
+    **dict.fromkeys(("86", "89", "120"), 100),
+    **dict.fromkeys(("90", "90a", "100", "110"), 228),
+}
 # The system takes this much of each block.
 SHARED_RESERVED = 1024
 

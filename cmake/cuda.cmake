@@ -1,12 +1,18 @@
 # The CUDA kernels: whether they are built, and for which GPUs. Sets SPARSEKIT_HAVE_CUDA and
-# SPARSEKIT_CUDA_CODE, e.g. "80 90a ptx90": machine code for 8.0 and 9.0a, PTX for 9.0.
+# SPARSEKIT_CUDA_CODE, e.g. "80 90a ptx80": machine code for 8.0 and 9.0a, PTX for 8.0.
 #
 # SPARSEKIT_CUDA_ARCHITECTURES is "all", "native" (the GPUs of this machine) or a list such as "80;90".
-# Machine code for 8.0 also runs on 8.6 and 8.9, for 10.0 on 10.3, for 12.0 on 12.1; the newest one is
-# also kept as PTX, for GPUs that come later.
 
 set(SPARSEKIT_CUDA_ARCHITECTURES all CACHE STRING "GPUs to compile for: all, native, or a list such as 80;90")
-set(SPARSEKIT_CUDA_ALL 80 87 90 100 110 120)
+# "all": machine code runs on its own GPU and on later ones of the same major version, so 8.6 serves 8.9
+# (ptxas makes the same instructions for both), 10.0 serves 10.3 and 12.0 serves 12.1. 9.0a runs on 9.0
+# alone, which has no successor, and is what wgmma needs. Jetsons are Arm: only there are 8.7 (Orin) and
+# 11.0 (Thor) in the list, and 8.9, which would otherwise be given the code of 8.7, not meant for it.
+# Each architecture costs half a minute of one core and 0.3 MB of the library, see docs/building.md.
+set(SPARSEKIT_CUDA_ALL 80 86 90a 100 120)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(SPARSEKIT_CUDA_ALL 80 86 87 89 90a 100 110 120)
+endif()
 set(SPARSEKIT_CUDA_MINIMUM 12.6)
 
 set(SPARSEKIT_HAVE_CUDA OFF)
@@ -40,7 +46,8 @@ function(sparsekit_cuda_architectures list)
   if(wanted STREQUAL "all")
     set(wanted "")
     foreach(architecture IN LISTS SPARSEKIT_CUDA_ALL)
-      if(architecture IN_LIST known)
+      string(REGEX REPLACE "a$" "" number ${architecture})
+      if(number IN_LIST known)
         list(APPEND wanted ${architecture})
       endif()
     endforeach()
@@ -92,17 +99,23 @@ set(SPARSEKIT_CUDA_FLAGS --threads=2 -Xcompiler=-Wall)
 if(SPARSEKIT_WERROR)
   list(APPEND SPARSEKIT_CUDA_FLAGS --Werror=all-warnings)
 endif()
-set(newest 0)
+# A quarter of the bytes; every driver for CUDA 13 can read it, those for CUDA 12.0 to 12.3 could not.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+  list(APPEND SPARSEKIT_CUDA_FLAGS --compress-mode=size)
+endif()
+# The oldest one is also kept as PTX, which the driver compiles for a GPU that has no machine code here: any
+# later one. PTX of a newer one would serve fewer GPUs and say nothing more; "9.0a" makes none that others run.
+set(oldest "")
 foreach(architecture IN LISTS architectures)
   list(APPEND SPARSEKIT_CUDA_FLAGS -gencode=arch=compute_${architecture},code=sm_${architecture})
-  if(architecture MATCHES "^[0-9]+$" AND architecture GREATER newest)
-    set(newest ${architecture})
+  if(architecture MATCHES "^[0-9]+$" AND (NOT oldest OR architecture LESS oldest))
+    set(oldest ${architecture})
   endif()
 endforeach()
 list(JOIN architectures " " SPARSEKIT_CUDA_CODE)
-if(newest)
-  list(APPEND SPARSEKIT_CUDA_FLAGS -gencode=arch=compute_${newest},code=compute_${newest})
-  string(APPEND SPARSEKIT_CUDA_CODE " ptx${newest}")
+if(oldest)
+  list(APPEND SPARSEKIT_CUDA_FLAGS -gencode=arch=compute_${oldest},code=compute_${oldest})
+  string(APPEND SPARSEKIT_CUDA_CODE " ptx${oldest}")
 endif()
 
 set(SPARSEKIT_HAVE_CUDA ON)

@@ -65,6 +65,12 @@ void test_code() {
                         {"90a", 90, true},
                         {"90a", 91, false},
                         {"90a ptx90a", 100, false},
+                        // PTX of the oldest: what machine code leaves out, now and later.
+                        {"80 86 90a 100 120 ptx80", 75, false},
+                        {"80 86 90a 100 120 ptx80", 110, true},
+                        {"80 86 90a 100 120 ptx80", 130, true},
+                        {"87 ptx87", 86, false},
+                        {"87 ptx87", 110, true},
                         {"", 80, false}}) {
     context = std::string("'") + c.built + "' on " + std::to_string(c.capability);
     CHECK(sk::runs_code(c.built, c.capability) == c.runs);
