@@ -13,6 +13,9 @@ namespace sk::tensorrt {
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+struct CudaError : Error {
+  using Error::Error;
+};
 
 template <class... Parts>
 std::string concat(const Parts&... parts) {
@@ -22,9 +25,9 @@ std::string concat(const Parts&... parts) {
 }
 
 // Throws unless `condition`; the parts of the message are only formatted on failure.
-#define SK_EXPECT(condition, ...)                                                            \
-  do {                                                                                       \
-    if (!(condition)) throw ::sk::tensorrt::Error(::sk::tensorrt::concat(__VA_ARGS__));      \
+#define SK_EXPECT(condition, ...)                                                       \
+  do {                                                                                  \
+    if (!(condition)) throw ::sk::tensorrt::Error(::sk::tensorrt::concat(__VA_ARGS__)); \
   } while (false)
 
 // Of the C interface, which has told why.
@@ -35,8 +38,8 @@ inline void check(sk_status status) {
 inline void check_cuda(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it has been told; nobody else is to find it
-  throw Error(concat("CUDA failed while ", doing, ": ", cudaGetErrorName(error), ", ",
-                     cudaGetErrorString(error)));
+  throw CudaError(concat("CUDA failed while ", doing, ": ", cudaGetErrorName(error), ", ",
+                         cudaGetErrorString(error)));
 }
 
 }  // namespace sk::tensorrt

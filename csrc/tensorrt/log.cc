@@ -42,9 +42,7 @@ int version_behind(const void* object) {
   std::memcpy(&vtable, object, sizeof vtable);
   Dl_info library;
   if (!dladdr(vtable, &library) || !library.dli_fname) return 0;
-  // A program's own name may open as "", the program itself: then the symbol is looked up there.
   void* handle = dlopen(library.dli_fname, RTLD_NOLOAD | RTLD_LAZY);
-  if (!handle) handle = dlopen(nullptr, RTLD_NOLOAD | RTLD_LAZY);
   if (!handle) return 0;
   void* symbol = dlsym(handle, "getInferLibVersion");
   const int version = symbol ? reinterpret_cast<int32_t (*)() noexcept>(symbol)() : 0;
