@@ -14,27 +14,18 @@
 namespace sk::tensorrt {
 namespace {
 
-// As TensorRT 10 and 11 lay them out; nothing here is ever constructed.
-struct Logger10 {
-  virtual void log(Severity severity, const char* message) noexcept = 0;
-  virtual ~Logger10() = default;
-};
-struct Logger11 {
-  virtual int32_t api_language() const noexcept = 0;
-  virtual nvinfer1::InterfaceInfo interface_info() const noexcept = 0;
-  virtual ~Logger11() = default;
-  virtual void log(Severity severity, const char* message) noexcept = 0;
-};
-struct Finder10 {
-  virtual void* find() = 0;
-  virtual ~Finder10() = default;
-};
-struct Finder11 {
-  virtual int32_t api_language() const noexcept = 0;
-  virtual nvinfer1::InterfaceInfo interface_info() const noexcept = 0;
-  virtual ~Finder11() = default;
-  virtual void* find() = 0;
-};
+// Where a vtable has ILoggerFinder::findLogger and ILogger::log: the first function of their classes in
+// TensorRT 10; in 11 behind those of IVersionedInterface, two and a destructor's two.
+constexpr int kSlot10 = 0, kSlot11 = 4;
+
+// Calls by the Itanium C++ ABI, as every compiler for Linux has it. A class declared here and derived by
+// nobody would do but for optimisers, which see that nobody derives it.
+template <class Result, class... Arguments>
+Result call_slot(void* object, int slot, Arguments... arguments) {
+  void** vtable;
+  std::memcpy(&vtable, object, sizeof vtable);
+  return reinterpret_cast<Result (*)(void*, Arguments...)>(vtable[slot])(object, arguments...);
+}
 
 // The major version of the TensorRT that made an object; 0: not a TensorRT whose layout is known.
 int version_behind(const void* object) {
@@ -66,17 +57,11 @@ Found current() {
 
 bool log_to_tensorrt(Severity severity, const char* message) {
   const Found f = current();
-  if (f.version == 10) {
-    auto* logger = static_cast<Logger10*>(static_cast<Finder10*>(f.finder)->find());
-    if (logger) logger->log(severity, message);
-    return logger;
-  }
-  if (f.version == 11) {
-    auto* logger = static_cast<Logger11*>(static_cast<Finder11*>(f.finder)->find());
-    if (logger) logger->log(severity, message);
-    return logger;
-  }
-  return false;
+  if (f.version == 0) return false;
+  const int slot = f.version == 10 ? kSlot10 : kSlot11;
+  void* logger = call_slot<void*>(f.finder, slot);
+  if (logger) call_slot<void>(logger, slot, severity, message);
+  return logger;
 }
 
 }  // namespace
