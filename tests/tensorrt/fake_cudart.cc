@@ -10,6 +10,8 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <tuple>
+#include <utility>
 
 #include "emulated_kernels.h"
 #include "simt/error.h"
@@ -267,8 +269,9 @@ CUDA cudaError_t cudaMalloc(void** address, size_t bytes) {
     auto memory =
         std::make_unique<simt::Allocation>("allocation " + std::to_string(m.count++), bytes, false);
     memory->set_written();  // it starts as NaN all the same
+    const uint8_t* at = memory->data();
     *address = memory->data();
-    m.memory.emplace(memory->data(), Memory{std::move(memory), current_device});
+    m.memory.emplace(at, Memory{std::move(memory), current_device});
     return cudaSuccess;
   });
 }

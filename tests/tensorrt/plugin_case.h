@@ -226,8 +226,8 @@ struct LayerWeight {
         bias(layer.dtype, 1, layer.n) {
     fill(bias, how, random);
     const auto section = [this](const void* data, int64_t size) {
-      bytes.resize((bytes.size() + 15) / 16 * 16);
       if (size == 0) return;
+      bytes.resize((bytes.size() + 15) / 16 * 16);
       const auto* from = static_cast<const uint8_t*>(data);
       bytes.insert(bytes.end(), from, from + size);
     };
