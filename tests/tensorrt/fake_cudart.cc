@@ -19,7 +19,7 @@
 
 namespace {
 
-struct Memory {
+struct Piece {
   std::unique_ptr<simt::Allocation> bytes;
   int device;
 };
@@ -27,7 +27,7 @@ struct Memory {
 // One lock for everything: the emulator knows one launch at a time.
 struct Machine {
   std::mutex mutex;
-  std::map<const uint8_t*, Memory> memory;
+  std::map<const uint8_t*, Piece> memory;
   std::map<const void*, std::string> kernels;
   std::vector<fake::Launch> launches;
   std::multiset<std::string> failures;
@@ -69,11 +69,11 @@ cudaError_t call(const char* function, F f) {
 }
 
 // The piece of memory that holds these bytes, or null where they are the host's.
-const Memory* find(Machine& m, const void* address, size_t bytes) {
+const Piece* find(Machine& m, const void* address, size_t bytes) {
   const auto* at = static_cast<const uint8_t*>(address);
   auto next = m.memory.upper_bound(at);
   if (next == m.memory.begin()) return nullptr;
-  const Memory& memory = std::prev(next)->second;
+  const Piece& memory = std::prev(next)->second;
   const uint8_t* end = memory.bytes->data() + memory.bytes->bytes();
   if (at >= end && !(bytes == 0 && at == end)) return nullptr;
   if (bytes > size_t(end - at)) stop("a copy reaches past " + memory.bytes->name());
@@ -139,15 +139,12 @@ void emulate(bool on) {
   const std::lock_guard<std::mutex> lock(machine().mutex);
   machine().emulate = on;
 }
-int64_t allocated_bytes() {
+std::vector<Memory> memory() {
   const std::lock_guard<std::mutex> lock(machine().mutex);
-  int64_t bytes = 0;
-  for (const auto& [address, memory] : machine().memory) bytes += int64_t(memory.bytes->bytes());
-  return bytes;
-}
-int64_t allocations() {
-  const std::lock_guard<std::mutex> lock(machine().mutex);
-  return int64_t(machine().memory.size());
+  std::vector<Memory> all;
+  for (const auto& [address, piece] : machine().memory)
+    all.push_back({piece.device, {address, address + piece.bytes->bytes()}});
+  return all;
 }
 void set_driver(bool installed) {
   const std::lock_guard<std::mutex> lock(machine().mutex);
@@ -271,7 +268,7 @@ CUDA cudaError_t cudaMalloc(void** address, size_t bytes) {
     memory->set_written();  // it starts as NaN all the same
     const uint8_t* at = memory->data();
     *address = memory->data();
-    m.memory.emplace(at, Memory{std::move(memory), current_device});
+    m.memory.emplace(at, Piece{std::move(memory), current_device});
     return cudaSuccess;
   });
 }
@@ -284,7 +281,7 @@ CUDA cudaError_t cudaFree(void* address) {
 CUDA cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
   return call("cudaPointerGetAttributes", [&](Machine& m) {
     *attributes = {};
-    const Memory* memory = find(m, address, 0);
+    const Piece* memory = find(m, address, 0);
     attributes->type = memory ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     attributes->device = memory ? memory->device : -2;
     return cudaSuccess;

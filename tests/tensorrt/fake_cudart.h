@@ -24,11 +24,14 @@ FAKE_API std::vector<Launch> take_launches();
 // Kernels are recorded, and not run.
 FAKE_API void emulate(bool on);
 
-// What all memory that is allocated takes. Zones around each piece are checked by every launch.
-FAKE_API int64_t allocated_bytes();
-FAKE_API int64_t allocations();
+// All memory that is allocated. Zones around each piece are checked by every launch.
+struct Memory {
+  int device;
+  std::vector<uint8_t> bytes;
+};
+FAKE_API std::vector<Memory> memory();
 
-// Every call answers cudaErrorInsufficientDriver, or as if there were so many GPUs.
+// Without a driver every call answers cudaErrorInsufficientDriver.
 FAKE_API void set_driver(bool installed);
 FAKE_API void set_capturing(bool capturing);
 // The next call of the function fails: "cudaMalloc", "cudaMemcpyAsync", "cudaMemsetAsync", ...
