@@ -1,7 +1,6 @@
 // What the library exports: TensorRT's two entry points, and its version.
 #include <NvInferRuntime.h>
 
-#include "tensorrt/error.h"
 #include "tensorrt/log.h"
 #include "tensorrt/sparse_conv2d.h"
 #include "tensorrt/sparse_linear.h"
@@ -16,19 +15,16 @@ class Creator : public nvinfer1::IPluginCreatorV3One {
 
   nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
                                     TensorRTPhase phase) noexcept override {
-    try {
-      Attributes attributes;
-      attributes.op = op_;
-      BuildFacts facts;
-      read_fields(fields, phase, attributes, facts);
-      const auto make = op_ == Op::kLinear ? make_sparse_linear : make_sparse_conv2d;
-      return make(std::move(attributes), facts, phase).release();
-    } catch (const std::exception& error) {
-      log(Severity::kERROR, error.what());
-    } catch (...) {
-      log(Severity::kERROR, "an unknown exception");
-    }
-    return nullptr;
+    return guarded(
+        [&]() -> nvinfer1::IPluginV3* {
+          Attributes attributes;
+          attributes.op = op_;
+          BuildFacts facts;
+          read_fields(fields, phase, attributes, facts);
+          const auto make = op_ == Op::kLinear ? make_sparse_linear : make_sparse_conv2d;
+          return make(std::move(attributes), facts, phase).release();
+        },
+        nullptr);
   }
 
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &names_; }

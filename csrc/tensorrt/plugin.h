@@ -9,6 +9,7 @@
 
 #include "tensorrt/attributes.h"
 #include "tensorrt/kernels.h"
+#include "tensorrt/log.h"
 #include "tensorrt/weights.h"
 
 namespace sk::tensorrt {
@@ -31,7 +32,20 @@ struct Sizes {
   sk_conv2d_shape conv{};  // of a convolution, but for strides of x
 };
 
-// Methods of the interfaces neither throw nor trust their arguments: see guarded() in plugin.cc.
+// Runs f, a method of an interface, none of which may throw: what it throws is logged, and `otherwise`
+// returned.
+template <class F>
+auto guarded(F f, decltype(f()) otherwise) noexcept -> decltype(f()) {
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    log(Severity::kERROR, error.what());
+  } catch (...) {
+    log(Severity::kERROR, "an unknown exception");
+  }
+  return otherwise;
+}
+
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
                public nvinfer1::IPluginV3OneBuild,
@@ -94,8 +108,6 @@ class Plugin : public nvinfer1::IPluginV3,
     int64_t stride;
   };
 
-  template <class F>
-  auto guarded(F f, decltype(f()) otherwise) const noexcept -> decltype(f());
   void expect_count(int32_t inputs, int32_t outputs) const;
   void expect_fits(const PluginTensorDesc* in, int32_t inputs, const PluginTensorDesc& out) const;
   int64_t workspace_here() const;

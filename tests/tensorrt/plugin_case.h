@@ -3,7 +3,6 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
-#include <functional>
 #include <map>
 
 #include "cpp/support.h"
@@ -298,6 +297,13 @@ inline int64_t count(const std::vector<int64_t>& sizes) {
   int64_t product = 1;
   for (int64_t size : sizes) product *= size;
   return product;
+}
+
+// A kernel's, as FNV-1a makes it of its name.
+inline int32_t tactic_id(const std::string& name) {
+  uint32_t hash = 2166136261u;
+  for (const char c : name) hash = (hash ^ uint8_t(c)) * 16777619u;
+  return int32_t(hash & 0x7fffffff);
 }
 
 // ---- a plugin and its interfaces ----------------------------------------------------------------------

@@ -246,10 +246,8 @@ void test_launches(const Library& library) {
   const std::string own_choice[] = {kernel_at(31), kernel_at(64), kernel_at(129)};
   for (const sk_candidate& answer : answers) {
     if (!answer.ok) continue;
-    uint32_t id = 2166136261u;
-    for (const char* c = answer.name; *c; ++c) id = (id ^ uint8_t(*c)) * 16777619u;
-    CHECK(ids[size_t(tactics++)] == int32_t(id & 0x7fffffff));
-    CHECK(timed.plugin.runtime().setTactic(int32_t(id & 0x7fffffff)) == 0);
+    CHECK(ids[size_t(tactics++)] == tactic_id(answer.name));
+    CHECK(timed.plugin.runtime().setTactic(tactic_id(answer.name)) == 0);
     int rows = 0, tokens = 0;
     CHECK(std::sscanf(answer.name, "matmul_nm_mma_sp_f16_sm80_%dx%d", &rows, &tokens) == 2);
     const std::string tile =
@@ -261,9 +259,7 @@ void test_launches(const Library& library) {
   CHECK(timed.plugin.runtime().setTactic(ids[0]) == 0 && kernel_at(64) == own_choice[1]);  // "auto"
   // One that refuses: blocks of other rows.
   const char* wrong = "matmul_bsr_mma_f16_sm80_64x16";
-  uint32_t id = 2166136261u;
-  for (const char* c = wrong; *c; ++c) id = (id ^ uint8_t(*c)) * 16777619u;
-  CHECK(timed.plugin.runtime().setTactic(int32_t(id & 0x7fffffff)) == 0);
+  CHECK(timed.plugin.runtime().setTactic(tactic_id(wrong)) == 0);
   const Call at(layer, timed.weight, {64, 128}, Fill::kIntegers, random);
   CHECK(at.enqueue(timed.plugin, timed.constant.address(), timed.workspace.address(), nullptr) ==
         0);
