@@ -520,7 +520,8 @@ void test_workspace() {
   CHECK(bytes == 16384 + 108 * 2 * 131072);
   Buffer memory(256);  // its size is never looked at
   sk_matmul_args args{};
-  uint8_t* const up = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  uint8_t* const up =
+      memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
   args.workspace = up;
   args.workspace_bytes = bytes;
   sk::check_workspace("matmul", args, device);

@@ -27,6 +27,7 @@ class GpuBytes {
   void write(const std::vector<uint8_t>& bytes) {
     CHECK(bytes.size() == size_);
     CHECK_CUDA(cudaMemcpy(address(), bytes.data(), size_, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaStreamSynchronize(nullptr));  // other streams may not wait for this one
   }
   std::vector<uint8_t> read() const {
     std::vector<uint8_t> bytes(size_);
