@@ -6,6 +6,7 @@
 #   make simt        the CUDA sources on the emulator that runs them without a GPU
 #   make bench       the quick benchmark and its table                     (BENCH_ARGS=--all-shapes: full)
 #   make test-aarch64  the C++ programs for 64-bit Arm, cross-compiled and emulated
+#   make tensorrt    the TensorRT plugins and their tests, without TensorRT (TENSORRT_INCLUDE_DIR=its headers)
 #   make cuda-report compiles the CUDA kernels for every GPU; registers, spills, instructions: docs/cuda_kernels.md
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
 #   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
@@ -26,7 +27,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel sdist aarch64-tools cross-aarch64 wheel-aarch64 clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 tensorrt cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel sdist aarch64-tools cross-aarch64 wheel-aarch64 clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -41,6 +42,11 @@ MODELS_ARGS ?=
 # GPUs that development builds compile for: native, a list such as "80;90", or all (minutes). Wheels get all.
 CUDA_ARCHITECTURES ?= 80
 PEERS_PYTHON ?= python3.11
+# Folders of NvInferRuntime.h: of the oldest TensorRT to serve, and of a newer one whose programs shall call the same
+# library. A Python that has pytest and tensorrt or tensorrt_lean loads the library into its registry.
+TENSORRT_INCLUDE_DIR ?=
+TENSORRT_INCLUDE_DIR_NEWER ?=
+TENSORRT_PYTHON ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -148,6 +154,16 @@ sanitize: $(VENV)/.tools
 	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
 	cmake --build build/tsan --target $(THREADED_TESTS)
 	ctest --test-dir build/tsan --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
+
+tensorrt: $(VENV)/.tools
+	$(call CONFIGURE,tensorrt) -DSPARSEKIT_TENSORRT=ON '-DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR)' \
+	  '-DTENSORRT_INCLUDE_DIR_NEWER=$(TENSORRT_INCLUDE_DIR_NEWER)'
+	cmake --build build/tensorrt --target tests/tensorrt/all
+	ctest --test-dir build/tensorrt --output-on-failure -R '^tensorrt_'
+ifneq ($(TENSORRT_PYTHON),)
+	SPARSEKIT_TENSORRT_LIBRARY=$(abspath build/tensorrt/libsparsekit_tensorrt.so) \
+	  $(TENSORRT_PYTHON) -m pytest --noconftest tests/export/test_tensorrt_registry.py
+endif
 
 # One architecture of each kind that has code of its own. Objects only: nothing else of the library is compiled.
 CUDA_REPORT_ARCHITECTURES ?= 80;87;90a;110;120

@@ -88,7 +88,7 @@ struct TileKernel {
     p.epilogue.residual_first = call.residual_first;
     p.epilogue.aligned = y_alignment % 8 == 0 &&
                          (address(call.y) | address(call.bias) | address(call.residual)) % 16 == 0;
-    p.counters = static_cast<int*>(call.workspace);
+    p.counters = static_cast<int*>(call.counters);
     p.parts = reinterpret_cast<float*>(static_cast<uint8_t*>(call.workspace) + kCudaCounterBytes);
     auto x = params_of_x<typename Copier::Params>(call);
     for (int64_t token = 0; token < call.m;) {

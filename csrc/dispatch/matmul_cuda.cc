@@ -75,6 +75,8 @@ void check_workspace(const char* op, const sk_matmul_args& a, const CudaDevice& 
              a.workspace ? a.workspace_bytes : 0);
   SK_REQUIRE(is_aligned(a.workspace, kGpuAlignment), op, ": expected a workspace aligned to ",
              kGpuAlignment, " bytes");
+  SK_REQUIRE(is_aligned(a.counters, kGpuAlignment), op, ": expected counters aligned to ",
+             kGpuAlignment, " bytes");
 }
 
 #if SK_HAVE_CUDA
@@ -88,6 +90,7 @@ void run_on_gpu(const Kernel& kernel, const MatmulCall& call) {
   check_memory(op, "bias", call.bias, device);
   check_memory(op, "residual", call.residual, device);
   check_memory(op, "the workspace", call.workspace, device);
+  if (call.counters != call.workspace) check_memory(op, "the counters", call.counters, device);
   kernel.functions->run(call);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     fail_cuda(error, concat("starting ", kernel.name, " on device ", device));

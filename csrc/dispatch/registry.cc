@@ -243,6 +243,7 @@ void run(const char* op, const sk_matmul_args& a, const sk_conv2d_shape* conv, c
                         problem.threads,
                         problem.gpu,
                         a.stream,
+                        a.counters ? a.counters : a.workspace,
                         a.workspace,
                         a.workspace_bytes};
   if (on_gpu) {

@@ -45,6 +45,7 @@ struct MatmulCall {
   int threads;
   const CudaDevice* gpu;  // null: on the CPU
   void* stream;           // cudaStream_t
+  void* counters;         // kCudaCounterBytes: zero, and zero again when the work is done
   void* workspace;        // at least cuda_workspace_bytes(gpu->sm_count)
   int64_t workspace_bytes;
 };

@@ -526,7 +526,9 @@ void test_workspace() {
   CHECK(bytes == 16384 + 108 * 2 * 131072);
   Buffer memory(256);  // its size is never looked at
   sk_matmul_args args{};
-  args.workspace = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  uint8_t* const up =
+      memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  args.workspace = up;
   args.workspace_bytes = bytes;
   sk::check_workspace("matmul", args, device);
   const std::string expected = "matmul: expected a workspace of " + std::to_string(bytes) +
@@ -541,6 +543,10 @@ void test_workspace() {
   CHECK(refusal() == "matmul: expected a workspace aligned to 128 bytes");
   args.workspace = nullptr;
   CHECK(refusal() == expected + "0");
+  args.workspace = up, args.counters = up + 64;
+  CHECK(refusal() == "matmul: expected counters aligned to 128 bytes");
+  args.counters = up + 128;
+  sk::check_workspace("matmul", args, device);
 }
 
 // Where there is a GPU: its kernels read no host memory.

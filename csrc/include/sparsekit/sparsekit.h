@@ -129,10 +129,12 @@ typedef struct sk_matmul_args {
   int32_t device_index;
   void* stream;              /* cudaStream_t */
   const void* weight_header; /* host copy of the first SK_HEADER_BYTES of the packed buffer */
-  /* Starts with SK_CUDA_COUNTER_BYTES of counters, which are zero before each call and, once its work
-   * is done, zero again. Calls that may run at the same time need workspaces of their own. */
+  /* Calls that may run at the same time need workspaces and counters of their own. */
   void* workspace;
   int64_t workspace_bytes; /* at least what sk_get_cuda_info says */
+  /* SK_CUDA_COUNTER_BYTES, which are zero before each call and, once its work is done, zero again.
+   * NULL: the workspace starts with them; else nobody reads what is there. */
+  void* counters;
 } sk_matmul_args;
 
 /* Where sk_conv2d finds the rows of x: row (b * out_height + p) * out_width + q is an output pixel of
