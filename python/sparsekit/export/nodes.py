@@ -1,0 +1,446 @@
+"""The nodes `SparseLinear` and `SparseConv2d`: their attributes, and the bytes of their weight.
+
+The one place that knows their definition, docs/onnx.md. Nothing here needs ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit import _native
+from sparsekit.filters import FilterShape
+from sparsekit.pack import PackedWeight, unpacked
+from sparsekit.patterns import MAX_BLOCK, NM, BlockSparse, Pattern
+
+DOMAIN = "sparsekit"
+VERSION = 1
+LINEAR, CONV2D = "SparseLinear", "SparseConv2d"
+CANONICAL = "canonical"
+FORMATS = (CANONICAL, "nm_mma_sp", "bsr_mma")
+MAX_INT = 2**31 - 1
+
+_DTYPES = {code: dtype for dtype, code in _native.DTYPES.items()}
+_ACTIVATIONS = {code: name for name, code in _native.ACTIVATIONS.items()}
+_STRINGS = {"plugin_version": str(VERSION), "plugin_namespace": DOMAIN}
+# Name of each attribute, how many integers it is (0: one that is no list) and the least of them.
+_INTS = {
+    "n": (0, 1),
+    "k": (0, 1),
+    "pattern": (6, 0),
+    "nnzb": (0, 0),
+    "dtype": (0, 0),
+    "has_bias": (0, 0),
+    "activation": (0, 0),
+    "residual_first": (0, 0),
+}
+_CONV_INTS = {
+    "channels": (0, 1),
+    "kernel_shape": (2, 1),
+    "strides": (2, 1),
+    "dilations": (2, 1),
+    "pads": (4, 0),
+    "group": (0, 1),
+}
+_SECTION_ALIGNMENT, _GROUP_ALIGNMENT = 16, 128
+
+LINEAR_ATTRIBUTES: dict[str, type] = {
+    **{name: tuple if count else int for name, (count, _) in _INTS.items()},
+    "format": str,
+    **{name: str for name in _STRINGS},
+}
+CONV_ATTRIBUTES: dict[str, type] = LINEAR_ATTRIBUTES | {
+    name: tuple if count else int for name, (count, _) in _CONV_INTS.items()
+}
+"""Names of the attributes, all of them required, with the kind of value."""
+
+Attributes = dict[str, int | tuple[int, ...] | str]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The attributes of a convolution; pairs are (height, width), pads top, left, bottom, right."""
+
+    channels: int
+    kernel_shape: tuple[int, int]
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    group: int
+
+
+@dataclass(frozen=True)
+class SparseNode:
+    """What the attributes of a node say.
+
+    Attributes:
+        shape: (n, k) of the matrix.
+        pattern: of the weight.
+        nnzb: kept blocks; 0 for N:M.
+        dtype: of x, y, residual, values and bias.
+        format: one of `FORMATS`.
+        has_bias: whether the weight ends with one.
+        activation: its name, or None.
+        residual_first: whether the residual is added before the activation.
+        window: of a convolution; else None.
+    """
+
+    shape: tuple[int, int]
+    pattern: Pattern
+    nnzb: int
+    dtype: torch.dtype
+    format: str
+    has_bias: bool
+    activation: str | None
+    residual_first: bool
+    window: Window | None = None
+
+    @property
+    def op_type(self) -> str:
+        """Name of the node."""
+        return LINEAR if self.window is None else CONV2D
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution; 1 for a matrix."""
+        return 1 if self.window is None else self.window.group
+
+    @property
+    def filters(self) -> FilterShape | None:
+        """Of a convolution, whose matrix the weight is; else None."""
+        w = self.window
+        return w and FilterShape(self.shape[0], w.channels, w.kernel_shape, w.group)
+
+    def attributes(self) -> Attributes:
+        """The attributes to write, all of them.
+
+        Raises:
+            ValueError: a number that an int32 cannot hold.
+        """
+        attributes: Attributes = {
+            "n": self.shape[0],
+            "k": self.shape[1],
+            "pattern": _native.encode_pattern(self.pattern),
+            "nnzb": self.nnzb,
+            "dtype": _native.DTYPES[self.dtype],
+            "format": self.format,
+            "has_bias": int(self.has_bias),
+            "activation": _native.ACTIVATIONS[self.activation],
+            "residual_first": int(self.residual_first),
+            **_STRINGS,
+        }
+        if self.window is not None:
+            attributes |= {name: getattr(self.window, name) for name in _CONV_INTS}
+        for name, value in attributes.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(n, int) and n > MAX_INT for n in numbers):
+                raise ValueError(
+                    f"{self.op_type}: {name} is {value}; readers take integers below 2**31"
+                )
+        return attributes
+
+    @classmethod
+    def parse(cls, op_type: str, attributes: Mapping[str, Any]) -> SparseNode:
+        """Read the attributes of a node.
+
+        Args:
+            op_type: `SparseLinear` or `SparseConv2d`.
+            attributes: integers, sequences of integers, and strings.
+
+        Raises:
+            ValueError: another op type; an attribute that is missing, unknown or wrong; sizes that
+                do not fit each other.
+        """
+        if op_type not in (LINEAR, CONV2D):
+            raise ValueError(f"expected a node {LINEAR} or {CONV2D}, got {op_type!r}")
+        read = _Reader(op_type, attributes)
+        n, k = read.number("n"), read.number("k")
+        pattern = read.pattern((n, k))
+        window = None
+        if op_type == CONV2D:
+            window = Window(**{name: read.value(name) for name in _CONV_INTS})
+        node = cls(
+            shape=(n, k),
+            pattern=pattern,
+            nnzb=read.number("nnzb"),
+            dtype=read.code("dtype", _DTYPES),
+            format=read.choice("format", FORMATS),
+            has_bias=read.code("has_bias", {0: False, 1: True}),
+            activation=read.code("activation", _ACTIVATIONS),
+            residual_first=read.code("residual_first", {0: False, 1: True}),
+            window=window,
+        )
+        node._check_sizes()
+        return node
+
+    def _check_sizes(self) -> None:
+        if self.nnzb and isinstance(self.pattern, NM):
+            raise ValueError(
+                f"{self.op_type}: the node has nnzb={self.nnzb}, expected 0 for {self.pattern}"
+            )
+        filters = self.filters
+        if filters is not None and filters.matrix_shape(self.pattern) != self.shape:
+            expected = list(filters.matrix_shape(self.pattern))
+            raise ValueError(
+                f"{self.op_type}: the filters make a matrix {expected}, n and k say "
+                f"{list(self.shape)}"
+            )
+        self.weight_size()
+
+    def weight_size(self) -> int | None:
+        """How many int32 numbers the weight is; None where only its bytes say.
+
+        Raises:
+            ValueError: there is no such weight.
+        """
+        sizes = _native.canonical_sizes(self.pattern, self.dtype, self.shape, self.nnzb)
+        if self.format == CANONICAL:
+            end = 0
+            for size in sizes:
+                end = _up(end, _SECTION_ALIGNMENT) + size
+            return self._words(end)
+        (n, k), groups = self.shape, self.groups
+        if groups > 1 and isinstance(self.pattern, BlockSparse):
+            return None
+        part = _native.format_bytes(
+            self.format, self.pattern, self.dtype, (n // groups, k), self.nnzb
+        )
+        return self._words(part if groups == 1 else groups * _up(part, _GROUP_ALIGNMENT))
+
+    def _words(self, weight_bytes: int) -> int:
+        if self.has_bias:
+            weight_bytes = _up(weight_bytes, _SECTION_ALIGNMENT) + self._bias_bytes()
+        return _up(weight_bytes, 4) // 4
+
+    def _bias_bytes(self) -> int:
+        return self.shape[0] * self.dtype.itemsize if self.has_bias else 0
+
+
+class _Reader:
+    """Attributes by name, each checked by itself."""
+
+    def __init__(self, op_type: str, attributes: Mapping[str, Any]) -> None:
+        self.op_type = op_type
+        self.attributes = attributes
+        self.ints = _INTS if op_type == LINEAR else {**_INTS, **_CONV_INTS}
+        names = (LINEAR_ATTRIBUTES if op_type == LINEAR else CONV_ATTRIBUTES).keys()
+        for name in sorted(names - attributes.keys()):
+            raise self.error(f"has no attribute {name!r}")
+        for name in sorted(attributes.keys() - names):
+            raise self.error(f"has an attribute {name!r}, which version {VERSION} does not know")
+        for name, expected in _STRINGS.items():
+            self.choice(name, (expected,))
+
+    def error(self, text: str) -> ValueError:
+        return ValueError(f"{self.op_type}: the node {text}")
+
+    def value(self, name: str) -> int | tuple[int, ...]:
+        """An integer or several, in range."""
+        count, least = self.ints[name]
+        value = self.attributes[name]
+        numbers = list(value) if count and isinstance(value, Sequence) else [value]
+        if len(numbers) != (count or 1) or any(
+            type(n) is not int or not least <= n <= MAX_INT for n in numbers
+        ):
+            what = f"{count} integers" if count else "an integer"
+            raise self.error(f"has {name}={value!r}, expected {what} from {least} to {MAX_INT}")
+        return tuple(numbers) if count else numbers[0]
+
+    def number(self, name: str) -> int:
+        value = self.value(name)
+        assert isinstance(value, int)
+        return value
+
+    def code(self, name: str, meanings: Mapping[int, Any]) -> Any:
+        number = self.number(name)
+        if number not in meanings:
+            raise self.error(f"has {name}={number}, expected one of {sorted(meanings)}")
+        return meanings[number]
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str:
+        value = self.attributes[name]
+        if value not in allowed:
+            expected = repr(allowed[0]) if len(allowed) == 1 else f"one of {tuple(allowed)}"
+            raise self.error(f"has {name}={value!r}, expected {expected}")
+        return str(value)
+
+    def pattern(self, shape: tuple[int, int]) -> Pattern:
+        code = self.value("pattern")
+        assert isinstance(code, tuple)
+        family, kept, group, vector, rows, columns = code
+        sides = 1 <= rows <= MAX_BLOCK and 1 <= columns <= MAX_BLOCK
+        try:
+            if family == 0 and rows == columns == 0:
+                return NM(kept, group, vector)
+            if family == 1 and kept == group == vector == 0 and sides:
+                return _native.decode_pattern(code, shape, self.kept_blocks(shape, rows, columns))
+        except ValueError as error:
+            raise self.error(f"has pattern={code}: {error}") from None
+        raise self.error(
+            f"has pattern={code}, expected (0, N, M, vector, 0, 0) or "
+            f"(1, 0, 0, 0, block rows, block columns) with sides of 1 to {MAX_BLOCK}"
+        )
+
+    def kept_blocks(self, shape: tuple[int, int], rows: int, columns: int) -> int:
+        blocks = -(-shape[0] // rows) * -(-shape[1] // columns)
+        kept = self.number("nnzb")
+        if kept > blocks:
+            raise self.error(f"has nnzb={kept}, the weight has {blocks} blocks")
+        return kept
+
+
+# --- the weight -------------------------------------------------------------------------------
+
+
+def encode(
+    canonical: _native.Canonical,
+    bias: Tensor | None,
+    activation: str | None,
+    residual_first: bool,
+    window: Window | None,
+    weights: str = CANONICAL,
+) -> tuple[SparseNode, Tensor]:
+    """A node, and its weight as int32 `[words]`.
+
+    Args:
+        canonical: the weight, of the whole matrix.
+        bias: one number for each row, of the weight's dtype, or None.
+        activation: as in `sparsekit.linear`.
+        residual_first: whether the residual is added before the activation.
+        window: of a convolution, whose matrix the weight is.
+        weights: "canonical", or "cuda" for the format of GPUs.
+
+    Raises:
+        NotImplementedError: no kernel on a GPU takes the weight.
+        ValueError: a size that a node cannot say.
+    """
+    nnzb = 0 if canonical.crow_indices is None else len(canonical.indices)
+
+    def node(format: str) -> SparseNode:
+        return SparseNode(
+            canonical.shape,
+            canonical.pattern,
+            nnzb,
+            canonical.dtype,
+            format,
+            bias is not None,
+            activation,
+            residual_first,
+            window,
+        )
+
+    described = node(CANONICAL)
+    sections = [canonical.values, canonical.indices]
+    if canonical.crow_indices is not None:
+        sections.append(canonical.crow_indices)
+    if weights != CANONICAL:
+        packed = PackedWeight.from_canonical(canonical, weights, filters=described.filters)
+        described, sections = node(packed.format), [packed.data]
+    if bias is not None:
+        sections.append(bias.detach().cpu())
+    return described, _joined(sections)
+
+
+def _joined(sections: Sequence[Tensor]) -> Tensor:
+    starts, end = [], 0
+    for section in sections:
+        starts.append(_up(end, _SECTION_ALIGNMENT))
+        end = starts[-1] + section.numel() * section.element_size()
+    weight = torch.zeros(_up(end, 4) // 4, dtype=torch.int32)
+    for start, section in zip(starts, sections, strict=True):
+        flat = section.contiguous().view(-1).view(torch.uint8)
+        weight.view(torch.uint8)[start : start + flat.numel()] = flat
+    return weight
+
+
+def decode(node: SparseNode, weight: Tensor) -> tuple[_native.Canonical, Tensor | None]:
+    """The canonical form and the bias that a weight holds.
+
+    Raises:
+        ValueError: it is no weight of this node; sizes, indices and packed bytes are checked.
+    """
+    if weight.dtype != torch.int32 or weight.dim() != 1:
+        raise ValueError(
+            f"{node.op_type}: expected weight as int32 [words], got "
+            f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        )
+    size = node.weight_size()
+    if size is not None and weight.numel() != size:
+        raise ValueError(
+            f"{node.op_type}: a weight of n={node.shape[0]}, k={node.shape[1]}, {node.pattern} as "
+            f"{node.format!r} takes {size} int32 numbers, got {weight.numel()}"
+        )
+    data = weight.contiguous().view(torch.uint8)
+    canonical, end = (_sections if node.format == CANONICAL else _parts)(node, data)
+    try:
+        _native.validate(canonical)
+    except ValueError as error:
+        raise ValueError(f"{node.op_type}: the weight is damaged: {error}") from None
+    if not bool(canonical.values.isfinite().all()):
+        raise ValueError(f"{node.op_type}: the weight is damaged: a value is not finite")
+    if not node.has_bias:
+        return canonical, None
+    start = _up(end, _SECTION_ALIGNMENT)
+    bias = torch.empty(node.shape[0], dtype=node.dtype)
+    bias.view(torch.uint8)[:] = data[start : start + node._bias_bytes()]
+    return canonical, bias
+
+
+def _sections(node: SparseNode, data: Tensor) -> tuple[_native.Canonical, int]:
+    """The canonical arrays, and where they end."""
+    canonical = _native.empty_canonical(node.pattern, node.dtype, node.shape, node.nnzb)
+    end = 0
+    for array in (canonical.values, canonical.indices, canonical.crow_indices):
+        if array is not None:
+            start = _up(end, _SECTION_ALIGNMENT)
+            flat = array.view(-1).view(torch.uint8)
+            end = start + flat.numel()
+            flat[:] = data[start:end]
+    return canonical, end
+
+
+def _parts(node: SparseNode, data: Tensor) -> tuple[_native.Canonical, int]:
+    """The canonical form of packed groups, and where they end."""
+    damaged = f"{node.op_type}: the weight is damaged"
+    groups, (n, k) = node.groups, node.shape
+    step, rest = divmod(data.numel() - _up(node._bias_bytes(), 4), groups)
+    if groups == 1:  # between the weight and its bias there may be padding
+        step = _native.format_bytes(node.format, node.pattern, node.dtype, (n, k), node.nnzb)
+    elif rest or step % _GROUP_ALIGNMENT or step <= 0:
+        raise ValueError(f"{damaged}: {data.numel()} bytes are no {groups} groups of equal length")
+    # Packed bytes are read from a cache line on.
+    packed = data[: groups * step].clone()
+    longest = 0
+    for part in packed.view(groups, step):
+        try:
+            info = _native.packed_info(part)
+        except ValueError as error:
+            raise ValueError(f"{damaged}: {error}") from None
+        family = _native.encode_pattern(info.pattern) == _native.encode_pattern(node.pattern)
+        if not family or (info.format, info.dtype, info.shape) != (
+            node.format,
+            node.dtype,
+            (n // groups, k),
+        ):
+            raise ValueError(f"{damaged}: it holds {info}, which is not what the node says")
+        longest = max(longest, info.nbytes)
+    if groups > 1 and step != _up(longest, _GROUP_ALIGNMENT):
+        raise ValueError(f"{damaged}: a group has {step} bytes, the longest needs {longest}")
+    canonical = unpacked(packed, groups)
+    if canonical.crow_indices is not None and len(canonical.indices) != node.nnzb:
+        raise ValueError(
+            f"{damaged}: it holds {len(canonical.indices)} blocks, the node says {node.nnzb}"
+        )
+    _native.validate(canonical)
+    again = PackedWeight.from_canonical(canonical, "cuda", filters=node.filters)
+    if again.format != node.format or not torch.equal(again.data, packed):
+        raise ValueError(f"{damaged}: its bytes are not those that packing makes")
+    return canonical, groups * step
+
+
+def _up(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
