@@ -85,8 +85,8 @@ def onnx(
     require_onnx("export")
     require_exporter("export")
     # They import ONNX, which this package does without until here.
-    from sparsekit.export import calls as graph_calls
     from sparsekit.export import calibration as ranges_of
+    from sparsekit.export import calls as graph_calls
     from sparsekit.export import dense as plain
     from sparsekit.export import lower, trace
 

@@ -35,8 +35,8 @@ def input_ranges(
     for layer in layers:
         if not isinstance(modules.get(layer), PackedModule):
             raise ValueError(
-                f"export: int8 needs the range of the input of {layer!r}, which a function computes; "
-                "make it a module (sparsekit.nn), or export without quantize"
+                f"export: int8 needs the range of the input of {layer!r}, which is no module; make "
+                "it one (sparsekit.nn), or export without quantize"
             )
     largest: dict[nn.Module, float] = {}
 

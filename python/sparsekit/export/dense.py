@@ -71,27 +71,30 @@ class _Writer:
         """
         self._nodes = []
         canonical = call.canonical()
-        dtype = canonical.dtype
-        x, name = call.x, "MatMul" if call.window is None else "Conv"
+        dtype, x = canonical.dtype, call.x
         if largest is None:
-            weight = self._once(
+            stored = weight = self._once(
                 ("weight", *call.constants),
                 lambda: self._constant(call, "weight", _stored(call, _weight(call, canonical))),
             )
-            y = self._product(call, x, weight)
-            kept, stored = weight, dtype
         else:
             self._check_quantizable(dtype)
             # Layers that read one value share its int8 form.
-            x = self._once(
-                ("x", id(call.node.graph), x, largest), lambda: self._quantized(call, dtype)
-            )
-            kept, weight = self._quantized_weight(call, canonical)
-            y = self._product(call, x, weight)
-            stored = torch.int8
+            key = ("x", id(call.node.graph), x, largest)
+            x = self._once(key, lambda: self._quantized(call, largest, dtype))
+            stored, weight = self._quantized_weight(call, canonical)
+        y = self._product(call, x, weight)
         y = self._epilogue(call, y, dtype)
+        row = ExportRow.of(
+            call,
+            "MatMul" if call.window is None else "Conv",
+            canonical.pattern,
+            dtype if largest is None else torch.int8,
+            "dense",
+            stored,
+        )
         replace(call, self._nodes, y)
-        return ExportRow.of(call, name, canonical.pattern, stored, "dense", kept)
+        return row
 
     def _product(self, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
         window = call.window
@@ -195,7 +198,7 @@ class _Writer:
         return self._named(f"{call.layer}.{name}", tensor)
 
     def _named(self, name: str, tensor: Tensor) -> ir.Value:
-        return self._constants.add(name, ir.tensor_adapters.TorchTensor(tensor.contiguous()))
+        return self._constants.add(name, ir.tensor(tensor.contiguous()))
 
     def _bias(self, call: Call) -> ir.Value:
         bias = call.bias()

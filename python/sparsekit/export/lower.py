@@ -53,17 +53,12 @@ def lower(
         inputs = [call.x, constant]
         if call.residual is not None:
             inputs.append(call.residual)
-        new = ir.node(
-            node.op_type,
-            inputs,
-            node.attributes(),
-            domain=DOMAIN,
-            name=call.node.name,
-        )
-        replace(call, [new], new.outputs[0])
+        name = call.node.name
+        new = ir.node(node.op_type, inputs, node.attributes(), domain=DOMAIN, name=name)
         written.append(
             ExportRow.of(call, node.op_type, node.pattern, node.dtype, node.format, constant)
         )
+        replace(call, [new], new.outputs[0])
         step()
     finish(model, calls, ours=bool(calls))
     return written

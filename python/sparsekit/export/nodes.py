@@ -51,7 +51,7 @@ _SECTION_ALIGNMENT, _GROUP_ALIGNMENT = 16, 128
 LINEAR_ATTRIBUTES: dict[str, type] = {
     **{name: tuple if count else int for name, (count, _) in _INTS.items()},
     "format": str,
-    **{name: str for name in _STRINGS},
+    **dict.fromkeys(_STRINGS, str),
 }
 CONV_ATTRIBUTES: dict[str, type] = LINEAR_ATTRIBUTES | {
     name: tuple if count else int for name, (count, _) in _CONV_INTS.items()
@@ -113,7 +113,9 @@ class SparseNode:
     def filters(self) -> FilterShape | None:
         """Of a convolution, whose matrix the weight is; else None."""
         w = self.window
-        return w and FilterShape(self.shape[0], w.channels, w.kernel_shape, w.group)
+        if w is None:
+            return None
+        return FilterShape(self.shape[0], w.channels, w.kernel_shape, w.group)
 
     def attributes(self) -> Attributes:
         """The attributes to write, all of them.
@@ -238,8 +240,8 @@ class _Reader:
     def error(self, text: str) -> ValueError:
         return ValueError(f"{self.op_type}: the node {text}")
 
-    def value(self, name: str) -> int | tuple[int, ...]:
-        """An integer or several, in range."""
+    def value(self, name: str) -> Any:
+        """An integer or a tuple of them, in range."""
         count, least = self.ints[name]
         value = self.attributes[name]
         numbers = list(value) if count and isinstance(value, Sequence) else [value]
@@ -251,9 +253,8 @@ class _Reader:
         return tuple(numbers) if count else numbers[0]
 
     def number(self, name: str) -> int:
-        value = self.value(name)
-        assert isinstance(value, int)
-        return value
+        number: int = self.value(name)
+        return number
 
     def code(self, name: str, meanings: Mapping[int, Any]) -> Any:
         number = self.number(name)
@@ -270,7 +271,6 @@ class _Reader:
 
     def pattern(self, shape: tuple[int, int]) -> Pattern:
         code = self.value("pattern")
-        assert isinstance(code, tuple)
         family, kept, group, vector, rows, columns = code
         sides = 1 <= rows <= MAX_BLOCK and 1 <= columns <= MAX_BLOCK
         try:

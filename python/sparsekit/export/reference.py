@@ -71,7 +71,7 @@ def _numpy(tensor: Tensor, dtype: np.dtype[Any]) -> Array:
     return bits.numpy().view(dtype)
 
 
-class _SparseOp(OpRun):  # type: ignore[misc]
+class _SparseOp(OpRun):
     op_domain = DOMAIN
 
     _made: tuple[Array, _Layer] | None = None

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
-import onnx
 import torch
 from onnx.defs import OpSchema
 from onnxscript import ir, values
@@ -117,8 +116,8 @@ _OPS = {name: _op(name) for name in _ATTRIBUTES}
 
 # The exporter reads these signatures: what has an annotation becomes an attribute. It knows
 # Optional[...] in every version, `... | None` in later ones only.
-def _linear(
-    x,  # type: ignore[no-untyped-def]
+def _linear(  # type: ignore[no-untyped-def]
+    x,
     packed,
     n: int,
     bias=None,
@@ -130,8 +129,8 @@ def _linear(
     return _OPS[LINEAR](x, packed, bias, residual, activation=activation or "", residual_first=0)
 
 
-def _conv2d(
-    x,  # type: ignore[no-untyped-def]
+def _conv2d(  # type: ignore[no-untyped-def]
+    x,
     packed,
     n: int,
     kernel_size: Sequence[int],
