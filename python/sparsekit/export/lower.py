@@ -43,8 +43,8 @@ def lower(
             )
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"export: {call.layer!r} has no format for GPUs: {error}; "
-                'write weights="canonical", or convert the layer to float16 or bfloat16'
+                f"export: {call.layer!r} has no format for GPUs; write weights='canonical', which "
+                f"every machine reads. {error}"
             ) from None
         constant = shared.get(call.constants)
         if constant is None:

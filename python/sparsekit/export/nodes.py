@@ -176,20 +176,20 @@ class SparseNode:
             residual_first=read.code("residual_first", {0: False, 1: True}),
             window=window,
         )
-        node._check_sizes()
+        try:
+            node._check_sizes()
+        except ValueError as error:
+            raise read.error(f"has sizes that do not fit: {error}") from None
         return node
 
     def _check_sizes(self) -> None:
         if self.nnzb and isinstance(self.pattern, NM):
-            raise ValueError(
-                f"{self.op_type}: the node has nnzb={self.nnzb}, expected 0 for {self.pattern}"
-            )
+            raise ValueError(f"nnzb={self.nnzb}, expected 0 for {self.pattern}")
         filters = self.filters
         if filters is not None and filters.matrix_shape(self.pattern) != self.shape:
             expected = list(filters.matrix_shape(self.pattern))
             raise ValueError(
-                f"{self.op_type}: the filters make a matrix {expected}, n and k say "
-                f"{list(self.shape)}"
+                f"the filters make a matrix {expected}, n and k say {list(self.shape)}"
             )
         self.weight_size()
 
@@ -202,7 +202,7 @@ class SparseNode:
         sizes = _native.canonical_sizes(self.pattern, self.dtype, self.shape, self.nnzb)
         if self.format == CANONICAL:
             end = 0
-            for size in sizes:
+            for size in sizes if isinstance(self.pattern, BlockSparse) else sizes[:2]:
                 end = _up(end, _SECTION_ALIGNMENT) + size
             return self._words(end)
         (n, k), groups = self.shape, self.groups
@@ -319,11 +319,14 @@ def encode(
         ValueError: a size that a node cannot say.
     """
     nnzb = 0 if canonical.crow_indices is None else len(canonical.indices)
+    code = _native.encode_pattern(canonical.pattern)
+    # Of blocks with the sparsity that is there, which may be another than was asked for.
+    pattern = _native.decode_pattern(code, canonical.shape, nnzb)
 
     def node(format: str) -> SparseNode:
         return SparseNode(
             canonical.shape,
-            canonical.pattern,
+            pattern,
             nnzb,
             canonical.dtype,
             format,
@@ -375,13 +378,18 @@ def decode(node: SparseNode, weight: Tensor) -> tuple[_native.Canonical, Tensor 
             f"{node.format!r} takes {size} int32 numbers, got {weight.numel()}"
         )
     data = weight.contiguous().view(torch.uint8)
-    canonical, end = (_sections if node.format == CANONICAL else _parts)(node, data)
     try:
+        if node.format == CANONICAL:
+            canonical, end = _sections(node, data)
+        else:
+            canonical, end = _parts(node, data)
         _native.validate(canonical)
+        if not bool(canonical.values.isfinite().all()):
+            raise ValueError("a value is not finite")
+        if node.format != CANONICAL:
+            _check_packed(node, canonical, data[:end])
     except ValueError as error:
         raise ValueError(f"{node.op_type}: the weight is damaged: {error}") from None
-    if not bool(canonical.values.isfinite().all()):
-        raise ValueError(f"{node.op_type}: the weight is damaged: a value is not finite")
     if not node.has_bias:
         return canonical, None
     start = _up(end, _SECTION_ALIGNMENT)
@@ -404,42 +412,32 @@ def _sections(node: SparseNode, data: Tensor) -> tuple[_native.Canonical, int]:
 
 
 def _parts(node: SparseNode, data: Tensor) -> tuple[_native.Canonical, int]:
-    """The canonical form of packed groups, and where they end."""
-    damaged = f"{node.op_type}: the weight is damaged"
+    """The canonical form of packed groups, not validated yet, and where they end."""
     groups, (n, k) = node.groups, node.shape
     step, rest = divmod(data.numel() - _up(node._bias_bytes(), 4), groups)
     if groups == 1:  # between the weight and its bias there may be padding
         step = _native.format_bytes(node.format, node.pattern, node.dtype, (n, k), node.nnzb)
     elif rest or step % _GROUP_ALIGNMENT or step <= 0:
-        raise ValueError(f"{damaged}: {data.numel()} bytes are no {groups} groups of equal length")
+        raise ValueError(f"{data.numel()} bytes are no {groups} groups of equal length")
     # Packed bytes are read from a cache line on.
     packed = data[: groups * step].clone()
-    longest = 0
+    expected = (node.format, _native.encode_pattern(node.pattern), node.dtype, (n // groups, k))
     for part in packed.view(groups, step):
-        try:
-            info = _native.packed_info(part)
-        except ValueError as error:
-            raise ValueError(f"{damaged}: {error}") from None
-        family = _native.encode_pattern(info.pattern) == _native.encode_pattern(node.pattern)
-        if not family or (info.format, info.dtype, info.shape) != (
-            node.format,
-            node.dtype,
-            (n // groups, k),
-        ):
-            raise ValueError(f"{damaged}: it holds {info}, which is not what the node says")
-        longest = max(longest, info.nbytes)
-    if groups > 1 and step != _up(longest, _GROUP_ALIGNMENT):
-        raise ValueError(f"{damaged}: a group has {step} bytes, the longest needs {longest}")
+        info = _native.packed_info(part)
+        found = (info.format, _native.encode_pattern(info.pattern), info.dtype, info.shape)
+        if found != expected:
+            raise ValueError(f"it holds {found}, the node says {expected}")
     canonical = unpacked(packed, groups)
     if canonical.crow_indices is not None and len(canonical.indices) != node.nnzb:
-        raise ValueError(
-            f"{damaged}: it holds {len(canonical.indices)} blocks, the node says {node.nnzb}"
-        )
-    _native.validate(canonical)
-    again = PackedWeight.from_canonical(canonical, "cuda", filters=node.filters)
-    if again.format != node.format or not torch.equal(again.data, packed):
-        raise ValueError(f"{damaged}: its bytes are not those that packing makes")
+        raise ValueError(f"it holds {len(canonical.indices)} blocks, the node says {node.nnzb}")
     return canonical, groups * step
+
+
+def _check_packed(node: SparseNode, canonical: _native.Canonical, data: Tensor) -> None:
+    """Refuse packed bytes that are another weight for a GPU than for who unpacks them."""
+    again = PackedWeight.from_canonical(canonical, "cuda", filters=node.filters)
+    if again.format != node.format or not torch.equal(again.data, data):
+        raise ValueError("its bytes are not those that packing makes")
 
 
 def _up(size: int, alignment: int) -> int:
