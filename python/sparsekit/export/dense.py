@@ -100,9 +100,8 @@ class _Writer:
         window = call.window
         if window is None:
             return self._op("MatMul", x, weight)
-        inputs = [x, weight]
-        if call.constants[1] is not None:
-            inputs.append(self._bias(call))
+        bias = call.constants[1]
+        inputs = [x, weight] if bias is None else [x, weight, bias]
         return self._op(
             "Conv",
             *inputs,
@@ -114,8 +113,9 @@ class _Writer:
         )
 
     def _epilogue(self, call: Call, y: ir.Value, dtype: torch.dtype) -> ir.Value:
-        if call.window is None and call.constants[1] is not None:
-            y = self._op("Add", y, self._bias(call))
+        bias = call.constants[1]
+        if call.window is None and bias is not None:
+            y = self._op("Add", y, bias)
         if call.residual is not None and call.residual_first:
             y = self._op("Add", y, call.residual)
         y = self._activated(y, call.activation, dtype)
@@ -199,11 +199,6 @@ class _Writer:
 
     def _named(self, name: str, tensor: Tensor) -> ir.Value:
         return self._constants.add(name, ir.tensor(tensor.contiguous()))
-
-    def _bias(self, call: Call) -> ir.Value:
-        bias = call.bias()
-        assert bias is not None
-        return self._once(("bias", *call.constants), lambda: self._constant(call, "bias", bias))
 
     def _scalar(self, value: float, dtype: torch.dtype) -> ir.Value:
         name = f"{value:g}_{str(dtype).removeprefix('torch.')}"
