@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from torch import Tensor, nn
 
 import sparsekit as sk
@@ -97,10 +98,19 @@ def tensor(values: Any) -> Tensor:
     return torch.from_numpy(values)
 
 
+class GatherElements(OpRun):
+    """ONNX's own fails where an axis is longer than 64, as that of BERT's position buffer."""
+
+    op_domain = ""
+
+    def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[Any]:
+        return (np.take_along_axis(data, indices, axis),)
+
+
 def evaluate(file: Path | onnx.ModelProto, *inputs: Tensor) -> list[Tensor]:
     """The outputs, by ONNX's reference evaluator and our operators."""
     source = str(file) if isinstance(file, Path) else file
-    evaluator = ReferenceEvaluator(source, new_ops=sk.export.reference_ops())
+    evaluator = ReferenceEvaluator(source, new_ops=[*sk.export.reference_ops(), GatherElements])
     feeds = dict(zip(evaluator.input_names, map(array, inputs), strict=True))
     return [tensor(np.asarray(value)) for value in evaluator.run(None, feeds)]
 

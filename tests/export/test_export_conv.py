@@ -59,7 +59,11 @@ def test_every_geometry(dtype: torch.dtype, path: Path) -> None:
 
 
 def test_asymmetric_padding_and_groups_are_written_as_they_are(path: Path) -> None:
-    write(conv((32, 4, 4, 2), "2:4", groups=4, padding="same", dilation=(1, 3)), randn(1, 16, 9, 9), path)
+    write(
+        conv((32, 4, 4, 2), "2:4", groups=4, padding="same", dilation=(1, 3)),
+        randn(1, 16, 9, 9),
+        path,
+    )
     found = attributes(sparse_nodes(path)[0])
     assert (found["n"], found["k"], found["channels"], found["group"]) == (32, 64, 4, 4)
     assert found["kernel_shape"] == [4, 2]
@@ -85,8 +89,8 @@ def test_conv1d(path: Path) -> None:
     x = randn(2, 8, 20)
     write(model, x, path, dynamic_shapes=({0: "batch", 2: "length"},))
     assert [attributes(node)["kernel_shape"] for node in sparse_nodes(path)] == [[1, 5], [1, 3]]
-    for x in (x, randn(1, 8, 33), randn(0, 8, 20)):
-        assert_same_bits(evaluate(path, x), results(model, x))
+    for sound in (x, randn(1, 8, 33), randn(0, 8, 20)):
+        assert_same_bits(evaluate(path, sound), results(model, sound))
 
 
 class Residual(nn.Module):
@@ -103,8 +107,8 @@ def test_residual_before_and_after_the_activation(first: bool, path: Path) -> No
     model, x = Residual(first), randn(2, 8, 5, 5)
     write(model, x, path, dynamic_shapes=({0: "batch"},))
     assert attributes(sparse_nodes(path)[0])["residual_first"] == first
-    for x in (x, randn(3, 8, 5, 5)):
-        assert_same_bits(evaluate(path, x), results(model, x))
+    for images in (x, randn(3, 8, 5, 5)):
+        assert_same_bits(evaluate(path, images), results(model, images))
 
 
 def test_functions_and_single_images(path: Path) -> None:
@@ -177,7 +181,7 @@ def test_what_a_node_refuses_when_it_runs() -> None:
         run({"pads": (5, 5, 5, 5)}, torch.empty(2, 8, 0, 5))
     with pytest.raises(ValueError, match="x is float16, dtype says float32"):
         run({}, randn(2, 8, 5, 5).half())
-    with pytest.raises(ValueError, match=r"residual has shape \[2, 16, 5, 5\], expected \[2, 16, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"residual has shape .*5\], expected \[2, 16, 3, 3\]"):
         run({}, randn(2, 8, 5, 5), randn(2, 16, 5, 5))
     with pytest.raises(ValueError, match="residual is float16, dtype says float32"):
         run({}, randn(2, 8, 5, 5), randn(2, 16, 3, 3).half())

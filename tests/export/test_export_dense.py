@@ -80,8 +80,8 @@ def test_every_pattern_and_activation(opset: int, path: Path) -> None:
     assert sparse_nodes(path) == []
     assert [each.domain for each in onnx.load(path).opset_import] == [""]
     assert ("Gelu" in nodes(path), "Erf" in nodes(path)) == (opset >= 20, opset < 20)
-    for x in (x, x[:1]):
-        assert_close(run(path, x), results(model, x))
+    for some in (x, x[:1]):
+        assert_close(run(path, some), results(model, some))
 
 
 def test_convolutions(path: Path) -> None:
@@ -95,11 +95,13 @@ def test_convolutions(path: Path) -> None:
     )
     x = randn(2, 16, 9, 11)
     write(model, x, path, dense=True, dynamic_shapes=({0: "batch"},))
-    for x in (x, x[:1]):
-        assert_close(run(path, x), results(model, x))
+    for some in (x, x[:1]):
+        assert_close(run(path, some), results(model, some))
     weight = constants(path)["layers.1.weight"]
     assert np.array_equal(weight, model.layers[1].packed.to_dense().numpy())
-    assert sk.NM(2, 4).fits(torch.from_numpy(weight.copy()).permute(0, 2, 3, 1).reshape(24, -1) != 0)
+    assert sk.NM(2, 4).fits(
+        torch.from_numpy(weight.copy()).permute(0, 2, 3, 1).reshape(24, -1) != 0
+    )
 
 
 def test_conv1d(path: Path) -> None:
@@ -123,11 +125,11 @@ def test_the_weight_of_a_matmul_is_transposed_and_keeps_its_zeros(path: Path) ->
     assert sk.NM(2, 4).fits(torch.from_numpy(weight.T.copy()) != 0)
 
 
-# ONNX's Sigmoid computes exp(-x) on both sides of zero.
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_2_byte_types(dtype: torch.dtype, path: Path) -> None:
-    layers = [linear(24, 32, activation=name, dtype=dtype) for name in ("gelu", "relu6", "silu")]
+    layers = [
+        linear(24, 32, activation=name, dtype=dtype) for name in ("gelu", "gelu_tanh", "relu6")
+    ]
     model, x = Each(layers), randn(3, 32, dtype=dtype)
     for opset in (18, 20):
         write(model, x, path, dense=True, opset_version=opset)
@@ -235,7 +237,14 @@ def test_the_scale_is_the_largest_magnitude_of_all_batches(path: Path) -> None:
     batches = [torch.ones(2, 16), -5 * torch.ones(3, 16), (torch.ones(1, 16),)]
     write(model, torch.ones(2, 16), path, dense=True, quantize="int8", calibration=iter(batches))
     assert constants(path)["0.input_scale"] == np.float32(5 / 127)
-    write(model, torch.ones(2, 16), path, dense=True, quantize="int8", calibration=3 * torch.ones(2, 16))
+    write(
+        model,
+        torch.ones(2, 16),
+        path,
+        dense=True,
+        quantize="int8",
+        calibration=3 * torch.ones(2, 16),
+    )
     assert constants(path)["0.input_scale"] == np.float32(3 / 127)
     write(model, torch.ones(2, 16), path, dense=True, quantize="int8")
     assert constants(path)["0.input_scale"] == np.float32(1 / 127)
@@ -264,7 +273,7 @@ def test_int8_of_the_2_byte_types(dtype: torch.dtype, path: Path) -> None:
     (got,), (expected,) = evaluate(path, x), results(model, x)
     assert got.dtype == dtype
     assert (got.float() - expected.float()).norm() / expected.float().norm() < 0.03
-    with pytest.raises(ValueError, match=r"int8 for (b?float16) needs opset_version=19 or later, g"):
+    with pytest.raises(ValueError, match=r"int8 for b?float16 needs opset_version=19 or later"):
         write(model, x, path, dense=True, quantize="int8", opset_version=18)
 
 
@@ -290,13 +299,13 @@ class Either(nn.Module):
 
 def test_what_cannot_be_calibrated(path: Path) -> None:
     options: dict[str, Any] = {"dense": True, "quantize": "int8"}
-    with pytest.raises(ValueError, match="int8 needs the range of the input of 'linear', which is no"):
+    with pytest.raises(ValueError, match="the range of the input of 'linear', which is no module"):
         write(Function(), randn(2, 16), path, **options)
     with pytest.raises(ValueError, match="'second' did not run on the calibration data"):
         write(Either(), randn(2, 16), path, calibration=[randn(1, 16)], **options)
     for bad in (torch.inf, torch.nan):
-        with pytest.raises(ValueError, match="the input of '0' is not finite on the calibration data"):
-            batches = [torch.full((2, 16), bad), torch.ones(2, 16)]
+        batches = [torch.full((2, 16), bad), torch.ones(2, 16)]
+        with pytest.raises(ValueError, match="the input of '0' is not finite on the calibration"):
             write(nn.Sequential(linear(16, 16)), randn(2, 16), path, calibration=batches, **options)
     assert not path.exists()
 
@@ -311,12 +320,21 @@ def test_keyword_arguments(path: Path) -> None:
             return self.layer(x=x) * scale
 
     model, x, scale = Named(), randn(2, 16), torch.tensor(2.0)
-    write(model, (), path, kwargs={"x": x, "scale": scale}, dense=True, quantize="int8")
+    options: dict[str, Any] = {"dense": True, "quantize": "int8"}
+    write(model, (), path, kwargs={"x": x, "scale": scale}, **options)
     assert constants(path)["layer.input_scale"] == np.float32(x.abs().max() / 127)
     with pytest.raises(ValueError, match="int8 needs calibration where the example has positional"):
-        write(model, x, path, kwargs={"scale": scale}, dense=True, quantize="int8")
+        write(model, x, path, kwargs={"scale": scale}, **options)
     calibration = [{"x": 4 * torch.ones(1, 16), "scale": scale}]
-    write(model, x, path, kwargs={"scale": scale}, dense=True, quantize="int8", calibration=calibration)
+    write(
+        model,
+        x,
+        path,
+        kwargs={"scale": scale},
+        dense=True,
+        quantize="int8",
+        calibration=calibration,
+    )
     assert constants(path)["layer.input_scale"] == np.float32(4 / 127)
 
 

@@ -38,7 +38,9 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_pattern(dtype: torch.dtype, path: Path) -> None:
-    model = Each([linear(52, 68, pattern, dtype, bias=i % 2 == 0) for i, pattern in enumerate(PATTERNS)])
+    model = Each(
+        [linear(52, 68, pattern, dtype, bias=i % 2 == 0) for i, pattern in enumerate(PATTERNS)]
+    )
     x = randn(3, 5, 68, dtype=dtype)
     report = write(model, (x,), path, dynamic_shapes=({0: "batch", 1: "seq"},))
     assert [row.node for row in report.rows] == ["SparseLinear"] * len(PATTERNS)
@@ -59,9 +61,14 @@ def test_every_activation(dtype: torch.dtype, path: Path) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_for_gpus(dtype: torch.dtype, path: Path) -> None:
     patterns = ("2:4", "2:4v4", "bsr16x16@0.5", "bsr32x64@0.75")
-    model, x = Each([linear(80, 96, pattern, dtype) for pattern in patterns]), randn(3, 96, dtype=dtype)
+    model, x = (
+        Each([linear(80, 96, pattern, dtype) for pattern in patterns]),
+        randn(3, 96, dtype=dtype),
+    )
     if dtype == torch.float32:
-        with pytest.raises(NotImplementedError, match=r"(?s)'layers\.0' has no format for GPUs;.*2:4 in f32"):
+        with pytest.raises(
+            NotImplementedError, match=r"(?s)'layers\.0' has no format for GPUs;.*2:4 in f32"
+        ):
             write(model, x, path, weights="cuda")
         assert not path.exists()
         return
@@ -72,7 +79,7 @@ def test_packed_for_gpus(dtype: torch.dtype, path: Path) -> None:
 
 def test_a_pattern_without_a_format_for_gpus_is_named(path: Path) -> None:
     model = Each([linear(16, 16, "2:4", torch.float16), linear(16, 16, "1:4", torch.float16)])
-    with pytest.raises(NotImplementedError, match=r"'layers\.1' has no .* write weights='canonical'"):
+    with pytest.raises(NotImplementedError, match=r"'layers\.1' .* write weights='canonical'"):
         write(model, randn(2, 16, dtype=torch.float16), path, weights="cuda")
 
 
@@ -201,7 +208,9 @@ def test_a_branch(path: Path) -> None:
 
 def test_the_file(path: Path) -> None:
     model, x = nn.Sequential(linear(32, 16, "2:4", torch.float16), nn.ReLU()), randn(2, 16).half()
-    report = write(model, x, path, dynamic_shapes=({0: "batch"},), input_names=["tokens"], output_names=["out"])
+    report = write(
+        model, x, path, dynamic_shapes=({0: "batch"},), input_names=["tokens"], output_names=["out"]
+    )
     assert report.nbytes == path.stat().st_size
     file = onnx.load(path)
     assert file.ir_version <= 10

@@ -228,7 +228,9 @@ def test_a_weight_of_another_type_or_length() -> None:
     with pytest.raises(ValueError, match=r"expected weight as int32 \[words\], got int32 \[1, "):
         decode(node, weight[None])
     for wrong in (weight[:-1], torch.cat([weight, weight[:1]]), weight[:0]):
-        with pytest.raises(ValueError, match=rf"takes {len(weight)} int32 numbers, got {len(wrong)}"):
+        with pytest.raises(
+            ValueError, match=rf"takes {len(weight)} int32 numbers, got {len(wrong)}"
+        ):
             decode(node, wrong)
 
 
@@ -346,11 +348,13 @@ def test_any_attributes_with_any_bytes(node: tuple[str, dict[str, Any]], data: s
         if size < 1 << 16:
             content = data.draw(st.binary(min_size=4, max_size=64))
             words = (content * (size * 4 // len(content) + 1))[: size * 4]
-            canonical, _ = decode(parsed_node, torch.frombuffer(bytearray(words), dtype=torch.int32))
+            canonical, _ = decode(
+                parsed_node, torch.frombuffer(bytearray(words), dtype=torch.int32)
+            )
             _native.validate(canonical)
         assert all(value <= 2**31 - 1 for value in (*parsed_node.shape, parsed_node.nnzb))
-    except ValueError as error:
-        assert str(error)
+    except ValueError:
+        pass
 
 
 @settings(max_examples=200, deadline=None)

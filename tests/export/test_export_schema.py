@@ -137,7 +137,7 @@ def test_inference_refuses_wrong_shapes() -> None:
     for x in (["a", 9], []):
         with pytest.raises(ValueError, match=r"x has shape \[.*\], expected \[\.\.\., 8\]"):
             inferred(single(x))
-    with pytest.raises(ValueError, match=r"residual has shape \['a', 8\], the result has \['a', 16"):
+    with pytest.raises(ValueError, match=r"residual has shape .*8\], the result has .*16\]"):
         inferred(single(["a", 8], ["a", 8]))
     with pytest.raises(ValueError, match="SparseLinear: x is FLOAT16, dtype says FLOAT"):
         inferred(single(["a", 8], element=TensorProto.FLOAT16))

@@ -80,10 +80,11 @@ def onnx(
     path = Path(path)
     positional = args if isinstance(args, tuple) else (args,)
     kwargs = dict(kwargs or {})
-    _check_choices(weights, dense, quantize, calibration, opset_version)
+    _check_choices(weights, dense, quantize, calibration)
     _check_path(path)
     require_onnx("export")
     require_exporter("export")
+    _check_opset(opset_version)
     # They import ONNX, which this package does without until here.
     from sparsekit.export import calibration as ranges_of
     from sparsekit.export import calls as graph_calls
@@ -106,9 +107,7 @@ def onnx(
     return _write(traced, path, rows, _absent(model, rows))
 
 
-def _check_choices(
-    weights: str, dense: bool, quantize: str | None, calibration: Any, opset_version: int
-) -> None:
+def _check_choices(weights: str, dense: bool, quantize: str | None, calibration: Any) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f"export: expected weights to be one of {WEIGHTS}, got {weights!r}")
     if dense and weights != WEIGHTS[0]:
@@ -124,10 +123,16 @@ def _check_choices(
         )
     if calibration is not None and not quantize:
         raise ValueError("export: calibration is for quantize='int8'; pass that, or leave it out")
-    if type(opset_version) is not int or opset_version < OLDEST_OPSET:
+
+
+def _check_opset(version: Any) -> None:
+    from onnx.defs import onnx_opset_version
+
+    newest = onnx_opset_version()
+    if type(version) is not int or not OLDEST_OPSET <= version <= newest:
         raise ValueError(
-            f"export: expected opset_version as a number from {OLDEST_OPSET} on, got "
-            f"{opset_version!r}"
+            f"export: expected opset_version as a number from {OLDEST_OPSET} to {newest}, the last "
+            f"that this ONNX knows, got {version!r}"
         )
 
 
