@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,21 @@ def test_functions_and_shared_layers(path: Path) -> None:
     assert weights[1] == weights[2]
     assert "same.weight" in weights or "shared.weight" in weights
     assert_same_bits(evaluate(path, x), results(model, x))
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_equal_layers_keep_their_names(size: int, path: Path) -> None:
+    # The exporter merges equal constants.
+    first = linear(size, size)
+    model = nn.Sequential(first, copy.deepcopy(first), nn.Sequential(copy.deepcopy(first)))
+    x = randn(3, size)
+    report = write(model, x, path)
+    assert [row.layer for row in report.rows] == ["0", "1", "2.0"]
+    assert report.absent == []
+    assert_same_bits(evaluate(path, x), results(model, x))
+    write(model, x, path, dense=True, quantize="int8")
+    scales = [constants(path)[f"{name}.input_scale"] for name in ("0", "1", "2.0")]
+    assert len(set(map(float, scales))) == 3
 
 
 def test_a_weight_that_comes_in_as_an_input_is_refused(path: Path) -> None:

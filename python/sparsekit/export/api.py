@@ -94,17 +94,27 @@ def onnx(
     traced = trace.trace(
         model, positional, kwargs, dynamic_shapes, input_names, output_names, opset_version
     )
-    calls = graph_calls.find_calls(traced)
+    modules = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedModule)
+    }
+    calls = graph_calls.find_calls(traced, modules.keys())
     ranges = None
     if quantize:
         batches = _batches(positional, kwargs, calibration)
-        ranges = ranges_of.input_ranges(model, [call.layer for call in calls], batches)
+        layers = {call.layer: modules.get(call.layer) for call in calls}
+        ranges = ranges_of.input_ranges(model, layers, batches)
     with tqdm(total=len(calls), desc="export", unit="layer", disable=not progress) as bar:
         if dense:
             rows = plain.to_dense(traced, calls, ranges, bar.update)
         else:
             rows = lower.lower(traced, calls, weights, bar.update)
-    return _write(traced, path, rows, _absent(model, rows))
+    called = {modules.get(row.layer) for row in rows}
+    absent = [
+        name for name, module in model.named_modules() if name in modules and module not in called
+    ]
+    return _write(traced, path, rows, absent)
 
 
 def _check_choices(weights: str, dense: bool, quantize: str | None, calibration: Any) -> None:
@@ -156,16 +166,6 @@ def _batches(args: tuple[Any, ...], kwargs: Mapping[str, Any], calibration: Any)
         return [calibration]
     batches: Iterable[Any] = calibration
     return batches
-
-
-def _absent(model: nn.Module, rows: Sequence[ExportRow]) -> list[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    called = {modules.get(row.layer) for row in rows}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, PackedModule) and module not in called
-    ]
 
 
 def _write(model: ir.Model, path: Path, rows: list[ExportRow], absent: list[str]) -> ExportReport:

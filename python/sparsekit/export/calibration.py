@@ -8,34 +8,32 @@ outliers make the steps too coarse, calibrate on data without them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsekit.examples import run_examples
-from sparsekit.nn import PackedModule
 
 
 def input_ranges(
-    model: nn.Module, layers: Sequence[str], batches: Iterable[Any]
+    model: nn.Module, layers: Mapping[str, nn.Module | None], batches: Iterable[Any]
 ) -> dict[str, float]:
     """The largest magnitude in the inputs of layers.
 
     Args:
         model: runs in eval mode; hooks of its own do what they do.
-        layers: names of sparse modules.
+        layers: by the names of the calls, None for one that is no module's.
         batches: each a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
-        ValueError: a name that is no sparse module's, one that never ran, or an input that is not
+        ValueError: a call that is no module's, a layer that never ran, or an input that is not
             finite.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for layer in layers:
-        if not isinstance(modules.get(layer), PackedModule):
+    for name, module in layers.items():
+        if module is None:
             raise ValueError(
-                f"export: int8 needs the range of the input of {layer!r}, which is no module; make "
+                f"export: int8 needs the range of the input of {name!r}, which is no module; make "
                 "it one (sparsekit.nn), or export without quantize"
             )
     largest: dict[nn.Module, float] = {}
@@ -49,7 +47,8 @@ def input_ranges(
 
     handles = [
         module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in {modules[layer] for layer in layers}
+        for module in set(layers.values())
+        if module is not None
     ]
     try:
         for batch in batches:
@@ -58,8 +57,8 @@ def input_ranges(
         for handle in handles:
             handle.remove()
     ranges = {}
-    for layer in layers:
-        found = largest.get(modules[layer])
+    for layer, module in layers.items():
+        found = None if module is None else largest.get(module)
         if found is None:
             raise ValueError(
                 f"export: {layer!r} did not run on the calibration data; pass inputs that reach it"

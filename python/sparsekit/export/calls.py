@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ast
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,9 +92,25 @@ _TORCH_DTYPES = {
 }
 
 
-def find_calls(model: ir.Model) -> list[Call]:
-    """The calls in a traced model, those in branches included, in the graph's order."""
-    return [_call(node) for node in nodes_of(model) if node.domain == PACKED]
+def find_calls(model: ir.Model, modules: Collection[str]) -> list[Call]:
+    """The calls in a traced model, those in branches included, in the graph's order.
+
+    Args:
+        model: traced.
+        modules: names of the sparse modules in the model that it was made from.
+    """
+    return [_call(node, modules) for node in nodes_of(model) if node.domain == PACKED]
+
+
+def _layer(node: ir.Node, modules: Collection[str]) -> str:
+    # The exporter notes which modules a call is in. It merges small constants that are equal, so
+    # names of these only speak for calls that are in no sparse module.
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+    for scope in reversed(ast.literal_eval(scopes)):
+        if scope in modules:
+            return str(scope)
+    module, _, buffer = str(node.inputs[1].name).rpartition(".")
+    return module if buffer == _BUFFER and module in modules else str(node.outputs[0].name)
 
 
 def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
@@ -102,10 +119,7 @@ def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
         yield from ir.traversal.RecursiveGraphIterator(function)
 
 
-def _call(node: ir.Node) -> Call:
-    source = node.inputs[1].name or ""
-    module, _, buffer = source.rpartition(".")
-    layer = module if buffer == _BUFFER else str(node.outputs[0].name)
+def _call(node: ir.Node, modules: Collection[str]) -> Call:
     attributes = node.attributes
     window = None
     if node.op_type == CONV2D:
@@ -123,7 +137,7 @@ def _call(node: ir.Node) -> Call:
         )
     return Call(
         node,
-        layer,
+        _layer(node, modules),
         (node.inputs[1], _input(node, 2)),
         attributes["activation"].as_string() or None,
         bool(attributes["residual_first"].as_int()),
