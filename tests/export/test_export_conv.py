@@ -25,8 +25,9 @@ from export_cases import (
 from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.export.nodes import Window, encode
+from sparsekit.export.nodes import Window
 from sparsekit.export.reference import SparseConv2d
+from sparsekit.export.weights import encode
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.export.nodes import SparseNode, encode
+from sparsekit.export.nodes import SparseNode
+from sparsekit.export.weights import encode
 
 
 @pytest.fixture

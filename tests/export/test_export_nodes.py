@@ -16,7 +16,8 @@ from torch import Tensor
 
 import sparsekit as sk
 from sparsekit import _native
-from sparsekit.export.nodes import CONV2D, LINEAR, SparseNode, Window, decode, encode
+from sparsekit.export.nodes import CONV2D, LINEAR, SparseNode, Window
+from sparsekit.export.weights import decode, encode
 
 
 def written(

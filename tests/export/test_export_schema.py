@@ -110,7 +110,7 @@ def test_inference_refuses_wrong_attributes(
 
 
 def single(x: list[Any], residual: list[Any] | None = None, element: int = 1) -> onnx.ModelProto:
-    from sparsekit.export.nodes import encode
+    from sparsekit.export.weights import encode
 
     node, words = encode(sk.pack(randn(16, 8), "2:4").canonical(), None, None, False, None)
     inputs = [helper.make_tensor_value_info("x", element, x)]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from onnxscript import ir
 
 from sparsekit.export.calls import Call, Constants, finish, replace
-from sparsekit.export.nodes import DOMAIN, encode
+from sparsekit.export.nodes import DOMAIN
 from sparsekit.export.report import ExportRow
+from sparsekit.export.weights import encode
 
 
 def lower(

@@ -16,7 +16,8 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from sparsekit import _native, _ops
-from sparsekit.export.nodes import CONV2D, DOMAIN, LINEAR, SparseNode, decode
+from sparsekit.export.nodes import CONV2D, DOMAIN, LINEAR, SparseNode
+from sparsekit.export.weights import decode
 from sparsekit.pack import PackedWeight
 
 Array = NDArray[Any]
