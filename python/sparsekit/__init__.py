@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit import nn, preferences
+from sparsekit import export, nn, preferences
 from sparsekit.convert import ConvertReport, convert
 from sparsekit.dispatch import TuneReport, explain, kernels, tune
 from sparsekit.functional import conv1d, conv2d, linear
@@ -33,6 +33,7 @@ __all__ = [
     "convert",
     "detect",
     "explain",
+    "export",
     "inspect",
     "kernels",
     "linear",

@@ -117,7 +117,8 @@ class Preference:
     kernel: str
 
 
-def _encode_pattern(pattern: Pattern) -> _PatternTuple:
+def encode_pattern(pattern: Pattern) -> _PatternTuple:
+    """The six numbers of a pattern: family, N, M, vector, block rows, block columns."""
     if isinstance(pattern, NM):
         return (0, pattern.n, pattern.m, pattern.vector, 0, 0)
     if isinstance(pattern, BlockSparse):
@@ -125,7 +126,8 @@ def _encode_pattern(pattern: Pattern) -> _PatternTuple:
     raise TypeError(f"pattern: expected NM or BlockSparse, got {type(pattern).__name__}")
 
 
-def _decode_pattern(code: _PatternTuple, shape: tuple[int, int], nnzb: int) -> Pattern:
+def decode_pattern(code: _PatternTuple, shape: tuple[int, int], nnzb: int) -> Pattern:
+    """The pattern of the six numbers; of blocks with the sparsity that so many of them make."""
     family, kept, group, vector, rows, cols = code
     if family == 0:
         return NM(kept, group, vector=vector)
@@ -150,7 +152,7 @@ def _weight(c: Canonical) -> Any:
         return tensor.data_ptr(), tensor.numel() * tensor.element_size()
 
     return _C.Weight(
-        _encode_pattern(c.pattern),
+        encode_pattern(c.pattern),
         _encode_dtype(c.dtype),
         *c.shape,
         *part(c.values),
@@ -159,11 +161,19 @@ def _weight(c: Canonical) -> Any:
     )
 
 
-def _empty_canonical(
+def canonical_sizes(
+    pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int
+) -> tuple[int, int, int]:
+    """Bytes of values, indices and crow_indices (ValueError for sizes that no weight has)."""
+    sizes = _C.weight_sizes(encode_pattern(pattern), _encode_dtype(dtype), *shape, nnzb)
+    return tuple(sizes)
+
+
+def empty_canonical(
     pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int
 ) -> Canonical:
-    sizes = _C.weight_sizes(_encode_pattern(pattern), _encode_dtype(dtype), *shape, nnzb)
-    values_bytes, indices_bytes, crow_bytes = sizes
+    """Arrays of the right sizes, to be filled; nnzb is 0 for N:M."""
+    values_bytes, indices_bytes, crow_bytes = canonical_sizes(pattern, dtype, shape, nnzb)
     values = torch.empty(values_bytes // dtype.itemsize, dtype=dtype)
     if isinstance(pattern, NM):
         values = values.view(shape[0], -1)
@@ -187,9 +197,9 @@ def compress(weight: Tensor, mask: Tensor, pattern: Pattern) -> Canonical:
     shape = (weight.shape[0], weight.shape[1])
     weight = weight.detach().contiguous()
     mask = mask.to(torch.bool).contiguous()
-    code = _encode_pattern(pattern)
+    code = encode_pattern(pattern)
     nnzb = 0 if isinstance(pattern, NM) else _C.count_blocks(code, mask.data_ptr(), *shape)
-    out = _empty_canonical(pattern, weight.dtype, shape, nnzb)
+    out = empty_canonical(pattern, weight.dtype, shape, nnzb)
     _C.compress(weight.data_ptr(), shape[1], mask.data_ptr(), _weight(out))
     return out
 
@@ -227,10 +237,18 @@ def pack(c: Canonical, format: str) -> Tensor:
     return data
 
 
+def format_bytes(
+    format: str, pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int
+) -> int:
+    """How long a packed buffer is (ValueError where the format does not hold the weight)."""
+    code = encode_pattern(pattern)
+    return int(_C.format_bytes(code, _encode_dtype(dtype), *shape, nnzb, format))
+
+
 def packed_info(data: Tensor) -> PackedInfo:
     """Reads the header of a packed buffer (ValueError when it is none)."""
     format, code, dtype, n, k, nnzb, nbytes = _C.packed_info(data.data_ptr(), data.numel())
-    pattern = _decode_pattern(code, (n, k), nnzb)
+    pattern = decode_pattern(code, (n, k), nnzb)
     return PackedInfo(format, pattern, _DTYPES_BACK[dtype], (n, k), nnzb, nbytes)
 
 
@@ -247,7 +265,7 @@ def header_format(header: Sequence[int], data: Tensor) -> str:
 def unpack(data: Tensor) -> Canonical:
     """A packed buffer back to canonical, bit for bit."""
     info = packed_info(data)
-    out = _empty_canonical(info.pattern, info.dtype, info.shape, info.nnzb)
+    out = empty_canonical(info.pattern, info.dtype, info.shape, info.nnzb)
     _C.unpack(data.data_ptr(), data.numel(), _weight(out))
     return out
 
@@ -268,10 +286,10 @@ def pack_cuda(
         ValueError: the mask does not fit the pattern; the message says where first.
     """
     n, k = weight.shape
-    code, dtype = _encode_pattern(pattern), _encode_dtype(weight.dtype)
+    code, dtype = encode_pattern(pattern), _encode_dtype(weight.dtype)
+    nbytes = format_bytes(CUDA_FORMAT, pattern, weight.dtype, (n, k), 0)
     weight = _packed_rows(weight.detach())
     mask = None if mask is None else _packed_rows(mask.to(torch.bool))
-    nbytes = _C.format_bytes(code, dtype, n, k, 0, CUDA_FORMAT)
     data = torch.empty(nbytes, dtype=torch.uint8, device=weight.device)
     misfit = torch.empty(1, dtype=torch.int64, device=weight.device)
     header = _C.pack_cuda(
@@ -330,7 +348,7 @@ def default_format(
     Raises:
         NotImplementedError: no kernel on a GPU takes the pattern; with each kernel's reason.
     """
-    code, number = _encode_pattern(pattern), _encode_dtype(dtype)
+    code, number = encode_pattern(pattern), _encode_dtype(dtype)
     format = str(_C.default_format(code, number, target))
     if op == "matmul" or target.startswith("cuda"):
         return format
@@ -512,7 +530,7 @@ def explain(
     rows = _C.explain(
         op,
         format,
-        _encode_pattern(pattern),
+        encode_pattern(pattern),
         _encode_dtype(dtype),
         m,
         n,
@@ -536,7 +554,7 @@ def prefer_kernel(preferences: Sequence[Preference]) -> None:
     rows = [
         (
             p.format,
-            _encode_pattern(p.pattern),
+            encode_pattern(p.pattern),
             _encode_dtype(p.dtype),
             p.n,
             p.k,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
 from sparsekit.dispatch import table
+from sparsekit.files import replacing
 from sparsekit.filters import FilterShape
 from sparsekit.nn import (
     FoldedBatchNorm,
@@ -177,24 +177,11 @@ def _without_duplicates(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    folder = path.parent
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as scratch:
-        part, ordinary = Path(scratch) / path.name, Path(scratch) / "ordinary"
-        ordinary.touch()
+    with replacing(path) as scratch:
         try:
-            save_file(tensors, part, metadata)
-            # safetensors makes files for their owner alone; this one is to be like any other.
-            part.chmod((path if path.exists() else ordinary).stat().st_mode & 0o777)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            save_file(tensors, scratch / path.name, metadata)
         except SafetensorError as error:
             raise OSError(f"save: {path} could not be written: {error}") from error
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the new name survives a power cut as well
-    finally:
-        os.close(descriptor)
 
 
 # --- reading ----------------------------------------------------------------------------------

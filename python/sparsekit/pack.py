@@ -146,8 +146,7 @@ class PackedWeight:
 
     def canonical(self) -> _native.Canonical:
         """The canonical form (values, indices), which files hold: of the whole matrix."""
-        parts = self.data.cpu().view(self.meta.groups, -1)
-        canonical = _joined([_native.unpack(part) for part in parts])
+        canonical = unpacked(self.data.cpu(), self.meta.groups)
         # Bytes do not say which sparsity was asked for; the pattern does.
         return dataclasses.replace(canonical, pattern=self.pattern)
 
@@ -279,6 +278,16 @@ def _joined(parts: Sequence[_native.Canonical]) -> _native.Canonical:
         torch.cat([part.indices for part in parts]),
         crow,
     )
+
+
+def unpacked(data: Tensor, groups: int = 1) -> _native.Canonical:
+    """The canonical form of packed bytes on the CPU; of blocks with the sparsity that they have."""
+    canonical = _joined([_native.unpack(part) for part in data.view(groups, -1)])
+    if canonical.crow_indices is None:
+        return canonical
+    code = _native.encode_pattern(canonical.pattern)
+    pattern = _native.decode_pattern(code, canonical.shape, len(canonical.indices))
+    return dataclasses.replace(canonical, pattern=pattern)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
