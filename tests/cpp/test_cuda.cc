@@ -475,7 +475,7 @@ void test_launches() {
   sk_conv2d_shape s{};
   s.batch = 10, s.out_height = 3, s.out_width = 5;
   const auto range_is = [&](int64_t token, int64_t image, int first_pixel, int64_t tokens) {
-    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token, 8);
     CHECK(range.offset == image * s.x_image_stride && range.first_pixel == first_pixel &&
           range.tokens == tokens);
   };
@@ -496,7 +496,7 @@ void test_launches() {
   const sk::cuda::Stages stages{4096, int64_t{1} << 26, true};
   int64_t token = 0, inside = 0;
   while (token < 15000) {
-    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token, 8);
     const sk::cuda::Plan plan = sk::cuda::plan(tile, stages, range.tokens, gpu(80));
     CHECK(plan.tokens > 0 && plan.tokens <= range.tokens && plan.token_tiles < 32);
     CHECK(range.offset == token / 15 * s.x_image_stride && range.first_pixel == token % 15);
@@ -509,7 +509,7 @@ void test_launches() {
   s.x_image_stride = int64_t{1} << 20;
   for (token = 0; token < 15000;
        token += sk::cuda::plan(tile, stages, 15000 - token, gpu(80)).tokens)
-    inside += sk::cuda::pixels_from(s, token).first_pixel > 0;
+    inside += sk::cuda::pixels_from(s, token, 8).first_pixel > 0;
   CHECK(inside > 0);
 }
 
