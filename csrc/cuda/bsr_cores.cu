@@ -13,9 +13,9 @@ namespace sk {
   SK_CORES_KERNEL(conv2d_bsr_##dtype##_sm80_cores,                                              \
                   CoresKernel<T, cuda::BsrCores, cuda::PixelX>::functions(                      \
                       "every block shape on CUDA cores: the multiply-adds of the kept blocks")) \
-  SK_CORES_KERNEL(matmul_bsr_##dtype##_sm80_decode,                                             \
-                  DecodeKernel<cuda::BsrDecodeLaunch<T>>::functions(                            \
-                      "every block shape, few tokens: W is read once for 8"))
+  SK_CORES_KERNEL(                                                                              \
+      matmul_bsr_##dtype##_sm80_decode,                                                         \
+      BsrDecodeKernel<T>::functions("every block shape, few tokens: W is read once for 8"))
 
 SK_BSR_CORES(f32, cuda::F32)
 SK_BSR_CORES(f16, ptx::F16)

@@ -59,32 +59,33 @@ class Output {
 
   // Rows `row` to `row` + 3, as far as they lie before `end`.
   SK_DEVICE void store4(const float (&sums)[4], int64_t token, int row, int end) const {
-    if (!p_.aligned || row % 4 != 0 || row + 4 > end) {
+    const bool whole = p_.aligned && row % 4 == 0 && end - row >= 4;
+    float v[4] = {sums[0], sums[1], sums[2], sums[3]};
+    if (p_.bias) add(p_.bias, row, whole, end - row, v);
+    const int64_t residual = token * p_.residual_row_stride + row;
+    if (p_.residual && p_.residual_first) add(p_.residual, residual, whole, end - row, v);
+    activate(v, p_.activation);
+    if (p_.residual && !p_.residual_first) add(p_.residual, residual, whole, end - row, v);
+    Bits* to = static_cast<Bits*>(p_.y) + token * p_.y_row_stride + row;
+    if (whole) {
+      ptx::store_global(reinterpret_cast<Quad*>(to), E::pack(v));
+    } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (row + i < end) store(sums[i], token, row + i);
+        if (i < end - row) ptx::store_global(to + i, E::bits(v[i]));
       }
-      return;
     }
-    float v[4] = {sums[0], sums[1], sums[2], sums[3]};
-    if (p_.bias) add(p_.bias, row, v);
-    const int64_t residual = token * p_.residual_row_stride + row;
-    if (p_.residual && p_.residual_first) add(p_.residual, residual, v);
-    activate(v, p_.activation);
-    if (p_.residual && !p_.residual_first) add(p_.residual, residual, v);
-    Bits* to = static_cast<Bits*>(p_.y) + token * p_.y_row_stride + row;
-    ptx::store_global(reinterpret_cast<Quad*>(to), E::pack(v));
   }
 
  private:
   SK_DEVICE static float load(const void* from, int64_t at) {
     return E::number(ptx::load_global_nc(static_cast<const Bits*>(from) + at));
   }
-  SK_DEVICE static void add(const void* from, int64_t at, float (&v)[4]) {
+  // Four numbers at once, or one by one the first `count` of them.
+  SK_DEVICE static void add(const void* base, int64_t at, bool whole, int count, float (&v)[4]) {
+    const Bits* from = static_cast<const Bits*>(base) + at;
     float other[4];
-    E::unpack(
-        ptx::load_global_nc(reinterpret_cast<const Quad*>(static_cast<const Bits*>(from) + at)),
-        other);
+    E::unpack(load_some<T>(from, whole, count), other);
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] += other[i];
   }
@@ -218,36 +219,42 @@ SK_DEVICE void compute_tiles(const typename Weights::Params& w, const typename S
     CoresX<Tile, Weights, Source> columns(x, token, out.m);
     float sums[Tile::kThreadRows][Tile::kThreadTokens] = {};
     const int stages = weights.stages();
-    if (stages > 0) {
-      weights.fetch(0);
-      columns.fetch(weights, 0);
-    }
 #pragma unroll 1
-    for (int stage = 0; stage < stages; ++stage) {
+    for (int stage = -1; stage < stages; ++stage) {
       const uint32_t at = shared + slot;
-      weights.put(at, stage);
-      columns.put(at + Tile::kWeightBytes);
-      ptx::sync_block();  // the stage is there for all, and all are done with the other slot
+      if (stage >= 0) {
+        weights.put(at, stage);
+        columns.put(at + Tile::kWeightBytes);
+        ptx::sync_block();  // the stage is there for all, and all are done with the other slot
+      }
       if (stage + 1 < stages) {
         weights.fetch(stage + 1);
         columns.fetch(weights, stage + 1);
       }
-      multiply_stage<Tile>(at, at + Tile::kWeightBytes, sums);
-      slot ^= kSlotBytes;
+      if (stage >= 0) {
+        multiply_stage<Tile>(at, at + Tile::kWeightBytes, sums);
+        slot ^= kSlotBytes;
+      }
     }
     const Output<typename Tile::T> output(out);
     constexpr int kRowFours = Tile::kThreadRows / 4, kTokenFours = Tile::kThreadTokens / 4;
     const int row = weights.first_row() + ptx::thread_index() / Tile::kAlongTokens * 4;
     const int64_t first = token + ptx::thread_index() % Tile::kAlongTokens * 4;
-#pragma unroll
+    // The next token's sums move up, so that one copy of the code serves all.
+#pragma unroll 1
     for (int t = 0; t < Tile::kThreadTokens; ++t) {
       const int64_t at = first + t / 4 * (Tile::kTokens / kTokenFours) + t % 4;
-      if (at >= out.m) continue;
 #pragma unroll
       for (int i = 0; i < kRowFours; ++i) {
-        const float four[4] = {sums[4 * i][t], sums[4 * i + 1][t], sums[4 * i + 2][t],
-                               sums[4 * i + 3][t]};
-        output.store4(four, at, row + i * (Tile::kRows / kRowFours), weights.end_row());
+        const float four[4] = {sums[4 * i][0], sums[4 * i + 1][0], sums[4 * i + 2][0],
+                               sums[4 * i + 3][0]};
+        if (at < out.m)
+          output.store4(four, at, row + i * (Tile::kRows / kRowFours), weights.end_row());
+      }
+#pragma unroll
+      for (int r = 0; r < Tile::kThreadRows; ++r) {
+#pragma unroll
+        for (int next = 1; next < Tile::kThreadTokens; ++next) sums[r][next - 1] = sums[r][next];
       }
     }
   }

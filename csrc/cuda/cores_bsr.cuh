@@ -188,17 +188,11 @@ SK_DEVICE void bsr_decode_rows(const BsrParams& p, const MatrixParams& x, const 
       }
     }
   }
-  const Output<T> output(out);
-  const int first_row = block_row * p.block_rows + row;
-#pragma unroll
-  for (int r = 0; r < kBsrDecodeRows; ++r) {
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const float sum = sum_of_warp(sums[r][t]);
-      const bool there = row + r < p.block_rows && r < out.n - first_row && token + t < out.m;
-      if (lane == (r * kTokens + t) % 32 && there) output.store(sum, token + t, first_row + r);
-    }
-  }
+  const float sum = sum_of_warp<kBsrDecodeRows, kTokens>(sums);
+  const int r = lane / kTokens, first_row = block_row * p.block_rows + row;
+  const int64_t to = token + lane % kTokens;
+  if (r < kBsrDecodeRows && row + r < p.block_rows && r < out.n - first_row && to < out.m)
+    Output<T>(out).store(sum, to, first_row + r);
 }
 
 template <class T, int kTokens>

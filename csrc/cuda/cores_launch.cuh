@@ -75,7 +75,7 @@ constexpr double kClocksPerUs = 1500, kLaunchUs = 3;
 
 // ---- many tokens ---------------------------------------------------------------------------------
 
-// Tiles of a kernel, from large to small; the first that fills the GPU is taken.
+// The tiles of a kernel: the cheaper one is taken.
 template <class T, template <class> class WeightsOf>
 struct CoresTiles;
 template <class T>
@@ -107,13 +107,20 @@ struct CoresKernel {
   using Source = SourceOf<T>;
 
   static double cost(const Problem& p) {
-    return large(p.pattern, p.m, p.n, *p.gpu) ? cost_of<typename Tiles::Large>(p)
-                                              : cost_of<typename Tiles::Small>(p);
+    const double small = cost_of<typename Tiles::Small>(p);
+    return Tiles::large_rows(p.pattern, p.n) ? std::min(small, cost_of<typename Tiles::Large>(p))
+                                             : small;
   }
 
   static void run(const MatmulCall& call) {
     const PackedHeader& h = *call.weight.header;
-    if (large(h.pattern, call.m, call.n, *call.gpu)) {
+    Problem p;
+    p.pattern = h.pattern, p.dtype = h.dtype;
+    p.m = call.m, p.n = call.n, p.k = call.k;
+    p.density = double(h.nnzb) * h.pattern.block_rows * h.pattern.block_cols /
+                (double(call.n) * double(call.k));
+    p.gpu = call.gpu;
+    if (cost(p) < cost_of<typename Tiles::Small>(p)) {
       launch<typename Tiles::Large>(call);
     } else {
       launch<typename Tiles::Small>(call);
@@ -130,25 +137,19 @@ struct CoresKernel {
     return Tiles::row_tiles(pattern, n, Tile::kRows) * ceil_div(m, int64_t{Tile::kTokens});
   }
 
-  static bool large(const sk_pattern& pattern, int64_t m, int64_t n, const CudaDevice& gpu) {
-    return Tiles::large_rows(pattern, n) &&
-           tiles<typename Tiles::Large>(pattern, m, n) >= gpu.sm_count;
-  }
-
-  // A stage takes as long as its multiplications, or as memory answers, whichever blocks of the SM do not hide.
+  // A stage takes as long as its multiply-adds, as their operands from shared memory, or as memory takes to answer,
+  // which the blocks beside each other on an SM hide.
   template <class Tile>
   static double cost_of(const Problem& p) {
-    const double answer = 800, efficiency = 0.75;
+    constexpr double kAnswer = 800, kEfficiency = 0.75;
+    constexpr double kWords =
+        32.0 * Tile::kThreadRows * Tile::kThreadTokens / (Tile::kThreadRows + Tile::kThreadTokens);
+    const double rate = kEfficiency * std::min(fp32_rate(p.gpu->compute_capability), kWords);
     const double stages = std::ceil(Tiles::depth(p) / Tile::kDepth);
-    const double resident = Tile::kBlocksPerSm, sms = p.gpu->sm_count;
-    const double stage = std::max(double(Tile::kRows) * Tile::kTokens * Tile::kDepth /
-                                      (efficiency * fp32_rate(p.gpu->compute_capability)),
-                                  answer / resident);
-    const double rounds =
-        std::ceil(double(tiles<Tile>(p.pattern, p.m, p.n)) / (sms * resident)) * resident;
-    const bool alone = double(tiles<Tile>(p.pattern, p.m, p.n)) <= sms;
-    const double clocks = alone ? stages * std::max(stage, answer) : rounds * stages * stage;
-    return kLaunchUs + std::max(clocks / kClocksPerUs, memory_us(p, 1));
+    const double of_sm = std::ceil(double(tiles<Tile>(p.pattern, p.m, p.n)) / p.gpu->sm_count);
+    const double stage = std::max(double(Tile::kRows) * Tile::kTokens * Tile::kDepth / rate,
+                                  kAnswer / std::min<double>(of_sm, Tile::kBlocksPerSm));
+    return kLaunchUs + std::max(of_sm * stages * stage / kClocksPerUs, memory_us(p, 1));
   }
 
   template <class Tile>
@@ -186,71 +187,106 @@ struct CoresKernel {
 
 // ---- few tokens ----------------------------------------------------------------------------------
 
-// Tokens that a launch takes together: W is read once for so many.
-inline int decode_tokens(int64_t m) { return m == 1 ? 1 : m <= 4 ? 4 : 8; }
+constexpr double kL2BytesPerClock = 32;  // of an SM
+
+// Tokens that a pass over W takes together, and what that costs an SM and clock: words of shared memory or of L1,
+// and bytes from L2.
+struct DecodePass {
+  int tokens;
+  double clocks;  // for each kept weight
+};
+
+inline double decode_cost(const Problem& p, const DecodePass& pass) {
+  const double kept = p.kept_share() * double(p.n) * double(p.k);
+  const double us = kept * double(ceil_div(p.m, int64_t{pass.tokens})) * pass.clocks /
+                    p.gpu->sm_count / kClocksPerUs;
+  return kLaunchUs + std::max(us, memory_us(p, 1)) + 0.1 * us;
+}
 
 template <class T>
-struct NmDecodeLaunch {
-  template <int kTokens>
+struct NmDecodeKernel {
+  // Rows that share positions make one gather serve four.
+  static bool vectors(const sk_pattern& p, int64_t m) { return p.vector >= 4 && m > 4; }
+  static DecodePass pass(const Problem& p) {
+    const bool shared = vectors(p.pattern, p.m);
+    const int tokens = p.m == 1 ? 1 : p.m <= 4 ? 4 : 8;
+    const int rows = kDecodeWarps * (shared ? 4 : tokens == 8 ? 2 : 1);
+    const double gather = tokens / 32.0 * (shared ? 0.5 : 1.5);  // at best 1/4 and 1
+    const double size = double(dtype_size(p.dtype));
+    const double bytes = size + size * tokens / (p.kept_share() * rows);
+    return {tokens, std::max(gather, bytes / kL2BytesPerClock)};
+  }
+  static double cost(const Problem& p) { return decode_cost(p, pass(p)); }
+
+  static void run(const MatmulCall& call) {
+    if (vectors(call.weight.header->pattern, call.m)) {
+      launch<8, 4, true>(call);
+    } else if (call.m == 1) {
+      launch<1, 1, false>(call);
+    } else if (call.m <= 4) {
+      launch<4, 1, false>(call);
+    } else {
+      launch<8, 2, false>(call);
+    }
+    check_cuda(cudaGetLastError(), "launching a kernel on CUDA cores");
+  }
+  static constexpr KernelFunctions functions(const char* about) {
+    return {refusal_of_columns, cost, run, about};
+  }
+
+ private:
+  template <int kTokens, int kRows, bool kVector>
   static void launch(const MatmulCall& call) {
-    constexpr int kRows = kTokens == 8 ? 2 : 1;
     const auto weights = weight_params<NmParams>(call);
     const int64_t blocks =
         ceil_div(call.n, int64_t{kDecodeWarps * kRows}) * ceil_div(call.m, int64_t{kTokens});
-    nm_decode<T, kTokens, kRows><<<unsigned(std::min<int64_t>(blocks, 0x7fffffff)), kDecodeThreads,
-                                   kDecodeSharedBytes, static_cast<cudaStream_t>(call.stream)>>>(
-        weights, NmChunks(weights, kTokens), matrix_params(call), output_params(call, 0, call.m));
-  }
-  // Words of shared memory, 32 a clock, for each multiply-add.
-  static double clocks(const Problem& p) {
-    const double kept = p.kept_share() * double(p.n) * double(p.k);
-    return kept * double(ceil_div(p.m, int64_t{8})) * decode_tokens(p.m) / 32 * 1.3;
+    nm_decode<T, kTokens, kRows, kVector>
+        <<<unsigned(std::min<int64_t>(blocks, 0x7fffffff)), kDecodeThreads, kDecodeSharedBytes,
+           static_cast<cudaStream_t>(call.stream)>>>(weights, NmChunks(weights, kTokens),
+                                                     matrix_params(call),
+                                                     output_params(call, 0, call.m));
   }
 };
 
 template <class T>
-struct BsrDecodeLaunch {
+struct BsrDecodeKernel {
+  static int tokens(int64_t m) { return m == 1 ? 1 : m <= 4 ? 4 : 8; }
+  static DecodePass pass(const Problem& p) {
+    const double rows = std::min(p.pattern.block_rows, kBsrDecodeRows);
+    const double words = p.pattern.block_cols % 4 == 0 ? 1 : 4;  // of L1 for a number of x
+    const double gather = tokens(p.m) * (1 / 64.0 + words / 32.0 / rows);
+    return {tokens(p.m), std::max(gather, double(dtype_size(p.dtype)) / kL2BytesPerClock)};
+  }
+  static double cost(const Problem& p) { return decode_cost(p, pass(p)); }
+
+  static void run(const MatmulCall& call) {
+    switch (tokens(call.m)) {
+      case 1:
+        launch<1>(call);
+        break;
+      case 4:
+        launch<4>(call);
+        break;
+      default:
+        launch<8>(call);
+    }
+    check_cuda(cudaGetLastError(), "launching a kernel on CUDA cores");
+  }
+  static constexpr KernelFunctions functions(const char* about) {
+    return {refusal_of_columns, cost, run, about};
+  }
+
+ private:
   template <int kTokens>
   static void launch(const MatmulCall& call) {
     const sk_pattern& p = call.weight.header->pattern;
     const int64_t units = ceil_div(call.n, int64_t{p.block_rows}) *
                           ceil_div(int64_t{p.block_rows}, int64_t{kBsrDecodeRows}) *
                           ceil_div(call.m, int64_t{kTokens});
-    bsr_decode<T, kTokens>
-        <<<unsigned(std::min<int64_t>(ceil_div(units, int64_t{kDecodeWarps}), 0x7fffffff)),
-           kDecodeThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(
-            weight_params<BsrParams>(call), matrix_params(call), output_params(call, 0, call.m));
-  }
-  // Multiply-adds, and loads from L1 that serve kBsrDecodeRows rows, or what a block has.
-  static double clocks(const Problem& p) {
-    const double rows = std::min(p.pattern.block_rows, kBsrDecodeRows);
-    const double kept = p.kept_share() * double(p.n) * double(p.k);
-    return kept * double(ceil_div(p.m, int64_t{8})) * decode_tokens(p.m) *
-           (1 / 64.0 + (p.pattern.block_cols % 4 == 0 ? 1 : 4) / 32.0 / rows);
-  }
-};
-
-template <class Launch>
-struct DecodeKernel {
-  static double cost(const Problem& p) {
-    const double us = Launch::clocks(p) / p.gpu->sm_count / kClocksPerUs;
-    return kLaunchUs + std::max(us, memory_us(p, 1)) + 0.1 * us;
-  }
-  static void run(const MatmulCall& call) {
-    switch (decode_tokens(call.m)) {
-      case 1:
-        Launch::template launch<1>(call);
-        break;
-      case 4:
-        Launch::template launch<4>(call);
-        break;
-      default:
-        Launch::template launch<8>(call);
-    }
-    check_cuda(cudaGetLastError(), "launching a kernel on CUDA cores");
-  }
-  static constexpr KernelFunctions functions(const char* about) {
-    return {refusal_of_columns, cost, run, about};
+    const int64_t blocks = ceil_div(units, int64_t{kDecodeWarps});
+    bsr_decode<T, kTokens><<<unsigned(std::min<int64_t>(blocks, 0x7fffffff)), kDecodeThreads, 0,
+                             static_cast<cudaStream_t>(call.stream)>>>(
+        weight_params<BsrParams>(call), matrix_params(call), output_params(call, 0, call.m));
   }
 };
 

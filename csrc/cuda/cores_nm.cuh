@@ -94,16 +94,7 @@ class NmCores {
       count_[i] = p_.slots - slot < slots ? p_.slots - slot : slots;
       if (count_[i] <= 0) continue;
       positions_[i] = load_positions(p_, indices_, slot, count_[i]);
-      if (p_.wide && slots == 4) {
-        raw_[i] = ptx::load_global_nc(reinterpret_cast<const typename E::Quad*>(values_ + slot));
-      } else {
-        typename E::Bits bits[4] = {};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          if (s < count_[i]) bits[s] = ptx::load_global_nc(values_ + slot + s);
-        }
-        raw_[i] = E::join(bits);
-      }
+      raw_[i] = load_some<typename Tile::T>(values_ + slot, p_.wide && slots == 4, count_[i]);
     }
   }
 
@@ -189,20 +180,35 @@ struct NmChunks {
   }
 };
 
-// Sums over a warp's lanes, in every lane, always in the same order.
-SK_DEVICE float sum_of_warp(float v) {
+// What lane r * kTokens + t has to store: the sum over all lanes of sums[r][t], always added in the same order.
+template <int kRows, int kTokens>
+SK_DEVICE float sum_of_warp(const float (*sums)[kTokens]) {
+  static_assert(kRows * kTokens <= 32, "a lane for each");
+  float mine = 0;
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-    v += __uint_as_float(ptx::shuffle_xor(__float_as_uint(v), mask));
-  return v;
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      float v = sums[r][t];
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2)
+        v += __uint_as_float(ptx::shuffle_xor(__float_as_uint(v), mask));
+      if (ptx::thread_index() % 32 == r * kTokens + t) mine = v;
+    }
+  }
+  return mine;
 }
 
-// A block's kDecodeWarps * kRows rows, for kTokens tokens.
-template <class T, int kTokens, int kRows>
+// A block's kDecodeWarps * kRows rows, for kTokens tokens. kVector: a warp's rows share their positions, so that one
+// word of shared memory serves them all.
+template <class T, int kTokens, int kRows, bool kVector>
 class NmDecode {
   using E = Element<T>;
   static constexpr int kFour = kTokens < 4 ? kTokens : 4, kFours = kTokens / kFour;
-  static constexpr int kAhead = 4;  // chunks of a lane whose loads are under way together
+  static constexpr int kAhead = kVector ? 1 : 4;  // chunks of a lane whose loads go out together
+  static constexpr int kPositions = kVector ? 1 : kRows;  // lists of them
+  using Values = const typename E::Bits* [kRows];
+  using Indices = const uint8_t* [kPositions];
 
  public:
   static constexpr int kBlockRows = kDecodeWarps * kRows;
@@ -214,13 +220,13 @@ class NmDecode {
   SK_DEVICE void run(int row_block, int64_t token) const {
     const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
     const int64_t first_row = int64_t{row_block} * kBlockRows + warp * kRows;
-    const typename E::Bits* values[kRows];
-    const uint8_t* indices[kRows];
+    Values values;
+    Indices indices;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first_row + r < out_.n ? first_row + r : out_.n - 1;  // not stored
       values[r] = static_cast<const typename E::Bits*>(p_.values) + row * p_.slots;
-      indices[r] = p_.indices + row / p_.vector * p_.index_row_bytes;
+      if (r < kPositions) indices[r] = p_.indices + row / p_.vector * p_.index_row_bytes;
     }
     const bool wide = p_.wide && c_.slots == 4;
     float sums[kRows][kTokens] = {};
@@ -240,15 +246,13 @@ class NmDecode {
         }
       }
     }
-    const Output<T> output(out_);
+    constexpr int kTogether = 32 / kTokens < kRows ? 32 / kTokens : kRows;  // rows: a lane a sum
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const float sum = sum_of_warp(sums[r][t]);
-        if (lane == (r * kTokens + t) % 32 && first_row + r < out_.n && token + t < out_.m)
-          output.store(sum, token + t, int(first_row + r));
-      }
+    for (int r = 0; r < kRows; r += kTogether) {
+      const float sum = sum_of_warp<kTogether, kTokens>(sums + r);
+      const int64_t row = first_row + r + lane / kTokens, to = token + lane % kTokens;
+      if (lane < kTogether * kTokens && row < out_.n && to < out_.m)
+        Output<T>(out_).store(sum, to, int(row));
     }
   }
 
@@ -287,38 +291,59 @@ class NmDecode {
     }
   }
 
-  SK_DEVICE void add(float weight, int column, int chunk, float (&sums)[kTokens]) const {
+  // sums += weights of rows that share a column of x, times that.
+  template <int kCount>
+  SK_DEVICE void add(const float (&weights)[kCount], int column, int chunk,
+                     float (*sums)[kTokens]) const {
 #pragma unroll
     for (int four = 0; four < kFours; ++four) {
       const uint32_t from = place(column, four, chunk);
+      float x[kFour];
       if constexpr (kFour == 4) {
-        const float4 x = ptx::load_shared<float4>(from);
-        float* s = sums + 4 * four;
-        s[0] = fmaf(weight, x.x, s[0]), s[1] = fmaf(weight, x.y, s[1]);
-        s[2] = fmaf(weight, x.z, s[2]), s[3] = fmaf(weight, x.w, s[3]);
+        const float4 v = ptx::load_shared<float4>(from);
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
       } else {
 #pragma unroll
+        for (int t = 0; t < kFour; ++t) x[t] = ptx::load_shared<float>(from + uint32_t(t * 4));
+      }
+#pragma unroll
+      for (int r = 0; r < kCount; ++r) {
+#pragma unroll
         for (int t = 0; t < kFour; ++t)
-          sums[t] = fmaf(weight, ptx::load_shared<float>(from + uint32_t(t * 4)), sums[t]);
+          sums[r][four * kFour + t] = fmaf(weights[r], x[t], sums[r][four * kFour + t]);
+      }
+    }
+  }
+
+  // The kept weights of a slot in all rows, `column(list)` being its column of the chunk by a list of positions.
+  template <class Column>
+  SK_DEVICE void add_slot(const float (&weights)[kRows], int chunk, float (&sums)[kRows][kTokens],
+                          Column column) const {
+    if constexpr (kVector) {
+      add(weights, column(0), chunk, sums);
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float weight[1] = {weights[r]};
+        add(weight, column(r), chunk, sums + r);
       }
     }
   }
 
   // kAhead chunks of four slots, 32 chunks apart.
-  SK_DEVICE void add_wide(const typename E::Bits* const (&values)[kRows],
-                          const uint8_t* const (&indices)[kRows], int first, int at, int count,
-                          float (&sums)[kRows][kTokens]) const {
+  SK_DEVICE void add_wide(const Values& values, const Indices& indices, int first, int at,
+                          int count, float (&sums)[kRows][kTokens]) const {
     typename E::Quad raw[kAhead][kRows];
-    uint32_t positions[kAhead][kRows];
+    uint32_t positions[kAhead][kPositions];
     const int index_bytes = p_.index_bits / 2;  // of four slots
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (at + 32 * i >= count) break;
       const int chunk = first + at + 32 * i;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        raw[i][r] =
-            ptx::load_global_nc(reinterpret_cast<const typename E::Quad*>(values[r] + chunk * 4));
+      for (int r = 0; r < kRows; ++r) raw[i][r] = load_some<T>(values[r] + chunk * 4, true, 4);
+#pragma unroll
+      for (int r = 0; r < kPositions; ++r) {
         const uint8_t* index = indices[r] + int64_t{chunk} * index_bytes;
         positions[i][r] = ptx::load_global_nc(index);
         if (index_bytes == 2) positions[i][r] |= uint32_t{ptx::load_global_nc(index + 1)} << 8;
@@ -327,34 +352,36 @@ class NmDecode {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (at + 32 * i >= count) break;
+      float v[kRows][4];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        float v[4];
-        E::unpack(raw[i][r], v);
+      for (int r = 0; r < kRows; ++r) E::unpack(raw[i][r], v[r]);
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const int position =
-              int(positions[i][r] >> (s * p_.index_bits) & ((1u << p_.index_bits) - 1));
-          const int group = (p_.kept == 1 ? s : p_.kept == 2 ? s / 2 : 0) * p_.group;
-          add(v[s], group + position, at + 32 * i, sums[r]);
-        }
+      for (int s = 0; s < 4; ++s) {
+        const int group = (p_.kept == 1 ? s : p_.kept == 2 ? s / 2 : 0) * p_.group;
+        float weights[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) weights[r] = v[r][s];
+        add_slot(weights, at + 32 * i, sums, [&](int list) {
+          return group +
+                 int(positions[i][list] >> (s * p_.index_bits) & ((1u << p_.index_bits) - 1));
+        });
       }
     }
   }
 
   // Any chunk, slot by slot.
-  SK_DEVICE void add_chunk(const typename E::Bits* const (&values)[kRows],
-                           const uint8_t* const (&indices)[kRows], int first, int at,
+  SK_DEVICE void add_chunk(const Values& values, const Indices& indices, int first, int at,
                            float (&sums)[kRows][kTokens]) const {
     const int slot = (first + at) * c_.slots;
     int group = 0, in_group = 0;
 #pragma unroll 1
     for (int s = 0; s < c_.slots && slot + s < p_.slots; ++s) {
+      float weights[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int position = load_position(p_, indices[r], slot + s);
-        add(E::number(ptx::load_global_nc(values[r] + slot + s)), group + position, at, sums[r]);
-      }
+      for (int r = 0; r < kRows; ++r)
+        weights[r] = E::number(ptx::load_global_nc(values[r] + slot + s));
+      add_slot(weights, at, sums,
+               [&](int list) { return group + load_position(p_, indices[list], slot + s); });
       if (++in_group == p_.kept) in_group = 0, group += p_.group;
     }
   }
@@ -366,11 +393,11 @@ class NmDecode {
   const uint32_t shared_;
 };
 
-template <class T, int kTokens, int kRows>
+template <class T, int kTokens, int kRows, bool kVector>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     nm_decode(const __grid_constant__ NmParams w, const __grid_constant__ NmChunks chunks,
               const __grid_constant__ MatrixParams x, const __grid_constant__ OutputParams out) {
-  using Decode = NmDecode<T, kTokens, kRows>;
+  using Decode = NmDecode<T, kTokens, kRows, kVector>;
   const Decode decode(w, chunks, x, out);
   const int row_blocks = int((int64_t{out.n} + Decode::kBlockRows - 1) / Decode::kBlockRows);
   const int64_t blocks = row_blocks * ((out.m + kTokens - 1) / kTokens);

@@ -37,17 +37,22 @@ struct Element<F32> {
   SK_DEVICE static Quad join(const Bits (&b)[4]) { return {b[0], b[1], b[2], b[3]}; }
 };
 
-// The first `count` (any number) of four elements; zeros for the others.
+// The first `count` (any number) of four elements, zeros for the others; `whole`: all four, from an address that is
+// a multiple of their size.
 template <class T>
-SK_DEVICE typename Element<T>::Quad load_some(const typename Element<T>::Bits* from, int count) {
-  if (count >= 4)
-    return ptx::load_global_nc(reinterpret_cast<const typename Element<T>::Quad*>(from));
+SK_DEVICE typename Element<T>::Quad load_some(const typename Element<T>::Bits* from, bool whole,
+                                              int count) {
+  if (whole) return ptx::load_global_nc(reinterpret_cast<const typename Element<T>::Quad*>(from));
   typename Element<T>::Bits bits[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (i < count) bits[i] = ptx::load_global_nc(from + i);
   }
   return Element<T>::join(bits);
+}
+template <class T>
+SK_DEVICE typename Element<T>::Quad load_some(const typename Element<T>::Bits* from, int count) {
+  return load_some<T>(from, count >= 4, count);
 }
 
 }  // namespace sk::cuda

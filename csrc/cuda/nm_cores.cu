@@ -14,7 +14,7 @@ namespace sk {
                   CoresKernel<T, cuda::NmCores, cuda::PixelX>::functions(                     \
                       "every N:M on CUDA cores: W expanded, dense multiply-adds in float32")) \
   SK_CORES_KERNEL(matmul_nm_##dtype##_sm80_decode,                                            \
-                  DecodeKernel<cuda::NmDecodeLaunch<T>>::functions(                           \
+                  NmDecodeKernel<T>::functions(                                               \
                       "every N:M, few tokens: W is read once for 8, at the speed of memory"))
 
 SK_NM_CORES(f32, cuda::F32)

@@ -34,18 +34,20 @@ struct Tiles {
   }
 };
 
-template <class T_, int kTokens_>
+// kPerWarp rows; 4: those of a vector.
+template <class T_, int kTokens_, int kPerWarp = kTokens_ == 8 ? 2 : 1>
 struct NmFew {
   using T = T_;
   using Params = cuda::NmParams;
-  static constexpr int kPerWarp = kTokens_ == 8 ? 2 : 1;
-  static constexpr int64_t kRows = cuda::NmDecode<T, kTokens_, kPerWarp>::kBlockRows,
+  static constexpr bool kVector = kPerWarp == 4;
+  static constexpr int64_t kRows = cuda::NmDecode<T, kTokens_, kPerWarp, kVector>::kBlockRows,
                            kTokens = kTokens_, kColumns = 256;
   template <class Source>
   static simt::Statistics run(const Case& c, const Params& w, const cuda::MatrixParams& x,
                               const cuda::OutputParams& out) {
     return launch("nm_decode", c.blocks, cuda::kDecodeThreads, cuda::kDecodeSharedBytes, c.order,
-                  cuda::nm_decode<T, kTokens_, kPerWarp>, w, cuda::NmChunks(w, kTokens_), x, out);
+                  cuda::nm_decode<T, kTokens_, kPerWarp, kVector>, w, cuda::NmChunks(w, kTokens_),
+                  x, out);
   }
 };
 
@@ -140,6 +142,8 @@ void test_nm() {
     test_kernel<NmFew<T, 4>>(p);
     test_kernel<NmFew<T, 8>>(p);
   }
+  for (const sk_pattern& p : {nm(2, 4, 4), nm(4, 8, 16), nm(3, 4, 8)})
+    test_kernel<NmFew<T, 8, 4>>(p);
   // Every N:M once, and vectors.
   for (const int group : {2, 4, 8, 16}) {
     for (int kept = 1; kept < group; ++kept) {
@@ -147,6 +151,7 @@ void test_nm() {
       const Case c{9, 41, 3 * group + 70};
       run<NmSmall<T>>(p, c);
       run<NmFew<T, 8>>(p, c);
+      if (p.vector >= 4) run<NmFew<T, 8, 4>>(p, c);
       run<NmFew<T, 1>>(p, {1, 41, 64 * group});
     }
   }
@@ -229,23 +234,15 @@ void test_images(const sk_pattern& pattern) {
 
 // ---- how often memory is touched -------------------------------------------------------------------
 
-uint64_t sectors_of(const simt::Statistics& statistics, const char* function_file) {
-  uint64_t sectors = 0;
-  for (const simt::PlaceStatistics& at : statistics.places) {
-    if (at.op == simt::Op::kLoadGlobal &&
-        std::string(at.place.file).find(function_file) != std::string::npos)
-      sectors += at.sectors;
-  }
-  return sectors;
-}
-
 void test_accesses() {
   using T = cuda::F32;
-  // Few tokens: values and positions of 2:4 as whole sectors, once each; shared memory without a conflict.
+  // Few tokens: values and positions of 2:4 as whole sectors, once each; of x half a sector a load, the other half
+  // with the next. Shared memory without a conflict.
   simt::Statistics few;
   run<NmFew<T, 4>>(nm(2, 4), {4, 8, 4096, 1}, &few);
-  const uint64_t values = 8 * 2048 * 4, positions = 8 * 512;
-  CHECK(sectors_of(few, "cores_nm.cuh") == (values + positions) / 32);
+  const uint64_t values = 8 * 2048 * 4, positions = 8 * 512, x = 4 * 4096 * 4;
+  CHECK(few.global_bytes_read() == values + positions + x);
+  CHECK(few.sectors(simt::Op::kLoadGlobal) == (values + positions + 2 * x) / 32);
   CHECK(few.bank_conflicts(simt::Op::kLoadShared) == 0);
   // Many tokens: no conflict in the loop.
   for (const sk_pattern& p : {nm(2, 4), bsr(64, 16)}) {
