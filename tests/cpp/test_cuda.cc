@@ -180,8 +180,8 @@ void test_tiles() {
   };
   CHECK(chosen(cores(nm(2, 4), SK_F32, 1)) == "matmul_nm_f32_sm80_decode");
   CHECK(chosen(cores(nm(2, 4), SK_F32, 8)) == "matmul_nm_f32_sm80_decode");
-  CHECK(chosen(cores(nm(2, 4), SK_F32, 1024)) == "matmul_nm_f32_sm80_cores");
-  CHECK(chosen(cores(nm(1, 4), SK_BF16, 1024)) == "matmul_nm_bf16_sm80_cores");
+  CHECK(chosen(cores(nm(2, 4), SK_F32, 2048)) == "matmul_nm_f32_sm80_cores");
+  CHECK(chosen(cores(nm(7, 8), SK_BF16, 1024)) == "matmul_nm_bf16_sm80_cores");
   CHECK(chosen(cores(bsr(5, 3), SK_F16, 1)) == "matmul_bsr_f16_sm80_decode");
   CHECK(chosen(cores(bsr(16, 16), SK_F32, 1024)) == "matmul_bsr_f32_sm80_cores");
   sk::Problem wide = cores(nm(2, 4), SK_F32, 1);
