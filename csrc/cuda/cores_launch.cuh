@@ -47,7 +47,7 @@ inline OutputParams output_params(const MatmulCall& call, int64_t token, int64_t
 }
 
 inline MatrixParams matrix_params(const MatmulCall& call) {
-  return {call.x, call.x_row_stride, int(call.k)};
+  return {call.x, call.x_row_stride, int(call.k), true};
 }
 
 // ---- costs ---------------------------------------------------------------------------------------

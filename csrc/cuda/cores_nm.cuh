@@ -26,8 +26,8 @@ struct NmParams {
   int slots, index_row_bytes, index_bits;
   bool wide;  // four slots of a row from a multiple of four on may be loaded at once
 
-  NmParams(const void* values_, const void* indices_, int n_kept, int m_group, int vector_,
-           int64_t k_, int element_size)
+  __host__ __device__ NmParams(const void* values_, const void* indices_, int n_kept, int m_group,
+                               int vector_, int64_t k_, int element_size)
       : values(values_),
         indices(static_cast<const uint8_t*>(indices_)),
         k(int(k_)),
@@ -170,7 +170,7 @@ struct NmChunks {
   int chunks;                  // of a row
   int stage;                   // chunks whose x is in shared memory at a time: a multiple of 32
 
-  NmChunks(const NmParams& p, int tokens) {
+  __host__ __device__ NmChunks(const NmParams& p, int tokens) {
     groups = p.kept >= 3 ? 1 : 4 / p.kept;
     if (groups * p.group > 16) groups = 16 / p.group;
     columns = groups * p.group, slots = groups * p.kept;
@@ -217,6 +217,18 @@ class NmDecode {
                      const OutputParams& out)
       : p_(p), c_(chunks), x_(x), out_(out), shared_(ptx::shared_base()) {}
 
+  // All of it, whatever the size of the grid. Needs kDecodeSharedBytes.
+  SK_DEVICE static void run_all(const NmParams& p, const NmChunks& chunks, const MatrixParams& x,
+                                const OutputParams& out) {
+    const NmDecode decode(p, chunks, x, out);
+    const int row_blocks = int((int64_t{out.n} + kBlockRows - 1) / kBlockRows);
+    const int64_t blocks = row_blocks * ((out.m + kTokens - 1) / kTokens);
+#pragma unroll 1
+    for (int64_t block = ptx::block_index(); block < blocks; block += ptx::block_count())
+      decode.run(int(block % row_blocks), block / row_blocks * kTokens);
+  }
+
+ private:
   SK_DEVICE void run(int row_block, int64_t token) const {
     const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
     const int64_t first_row = int64_t{row_block} * kBlockRows + warp * kRows;
@@ -256,7 +268,6 @@ class NmDecode {
     }
   }
 
- private:
   SK_DEVICE uint32_t place(int column, int four, int chunk) const {
     return shared_ + uint32_t(((column * kFours + four) * c_.stage + chunk) * kFour * 4);
   }
@@ -397,13 +408,7 @@ template <class T, int kTokens, int kRows, bool kVector>
 __global__ void __launch_bounds__(kDecodeThreads, 2)
     nm_decode(const __grid_constant__ NmParams w, const __grid_constant__ NmChunks chunks,
               const __grid_constant__ MatrixParams x, const __grid_constant__ OutputParams out) {
-  using Decode = NmDecode<T, kTokens, kRows, kVector>;
-  const Decode decode(w, chunks, x, out);
-  const int row_blocks = int((int64_t{out.n} + Decode::kBlockRows - 1) / Decode::kBlockRows);
-  const int64_t blocks = row_blocks * ((out.m + kTokens - 1) / kTokens);
-#pragma unroll 1
-  for (int64_t block = ptx::block_index(); block < blocks; block += ptx::block_count())
-    decode.run(int(block % row_blocks), block / row_blocks * kTokens);
+  NmDecode<T, kTokens, kRows, kVector>::run_all(w, chunks, x, out);
 }
 
 }  // namespace sk::cuda

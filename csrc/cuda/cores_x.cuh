@@ -9,9 +9,10 @@
 namespace sk::cuda {
 
 struct MatrixParams {
-  const void* x;   // [m, k], rows on 16 bytes
+  const void* x;   // [m, k]
   int64_t stride;  // in elements
   int k;
+  bool fours;  // rows start on four elements
 };
 
 template <class T>
@@ -23,10 +24,12 @@ class MatrixX {
 
   SK_DEVICE MatrixX(const Params& p, int64_t token, int64_t m)
       : row_(static_cast<const typename E::Bits*>(p.x) + (token < m ? token : 0) * p.stride),
-        columns_(token < m ? p.k : 0) {}
+        columns_(token < m ? p.k : 0),
+        fours_(p.fours) {}
 
   SK_DEVICE typename E::Quad four(int column) const {
-    return load_some<T>(row_ + column, column < 0 ? 0 : columns_ - column);
+    const int count = column < 0 ? 0 : columns_ - column;
+    return load_some<T>(row_ + column, fours_ && count >= 4, count);
   }
   SK_DEVICE typename E::Bits one(int column) const {
     return column >= 0 && column < columns_ ? ptx::load_global_nc(row_ + column)
@@ -36,6 +39,7 @@ class MatrixX {
  private:
   const typename E::Bits* row_;
   const int columns_;
+  const bool fours_;
 };
 
 template <class T>

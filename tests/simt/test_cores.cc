@@ -3,6 +3,7 @@
 #include "conv_case.h"
 #include "cores_case.h"
 #include "cuda/plan.h"
+#include "cuda/quick/sparse_linear.cuh"
 
 namespace {
 
@@ -75,7 +76,7 @@ std::vector<Bits<typename Kernel::T>> run(const sk_pattern& pattern, const Case&
   const Rows x = make_rows<T>(c, random);
   const Outcome<T> outcome(c, random);
   const auto x_buffer = simt::Buffer<Bits<T>>::input("x", to_elements<T>(x.memory));
-  const cuda::MatrixParams params{x_buffer.data(), x.stride, int(c.k)};
+  const cuda::MatrixParams params{x_buffer.data(), x.stride, int(c.k), true};
   const simt::Statistics all = Kernel::template run<cuda::MatrixX<T>>(
       c, weight_params<typename Kernel::Params, T>(pattern, w, c.k), params,
       outcome.params(0, c.m));
@@ -232,6 +233,61 @@ void test_images(const sk_pattern& pattern) {
   check_images<Kernel>(pattern, same, c);
 }
 
+// ---- the kernels of quick plugins ------------------------------------------------------------------
+
+SK_QUICK_decode(f32) SK_QUICK_decode(f16) SK_QUICK_decode(bf16) SK_QUICK_tiles(f32)
+    SK_QUICK_tiles(f16) SK_QUICK_tiles(bf16)
+
+    // x dense, whatever k is; the weight as a node of docs/onnx.md holds it.
+    template <class T, class Kernel>
+    void check_quick(Kernel kernel, int threads, int shared, const sk_pattern& pattern,
+                     const Case& c) {
+  std::mt19937 random(c.seed);
+  const Weight w = make_weight<T>(pattern, c, random);
+  const std::vector<float> x = [&] {
+    std::vector<float> numbers(size_t(c.m * c.k));
+    for (float& number : numbers) number = c.number(random);
+    return numbers;
+  }();
+  const Outcome<T> outcome(c, random);
+  std::vector<uint8_t> bytes;
+  const auto section = [&bytes](const uint8_t* from, size_t size) {
+    const size_t at = (bytes.size() + 15) / 16 * 16;
+    bytes.resize(at + size);
+    std::copy(from, from + size, bytes.begin() + std::ptrdiff_t(at));
+    return int(at / 16);
+  };
+  section(w.values.data(), w.values.size());
+  const int indices = section(w.indices.data(), w.indices.size());
+  const cuda::OutputParams out = outcome.params(0, c.m);
+  const int bias =
+      out.bias ? section(static_cast<const uint8_t*>(out.bias), size_t(c.n) * sizeof(Bits<T>)) : 0;
+  const auto weight = simt::Buffer<uint8_t>::input("weight", bytes);
+  const auto x_buffer = simt::Buffer<Bits<T>>::input("x", to_elements<T>(x));
+  const auto launch_quick = [&](const void* from, const void* packed, void* to) {
+    launch("quick", c.blocks, threads, shared, c.order, kernel, from, packed, int(c.m), int(c.n),
+           int(c.k), pattern.kept, pattern.group, pattern.vector, indices, bias, c.activation, to);
+  };
+  launch_quick(x_buffer.data(), weight.data(), out.y);
+  outcome.check(x, w.dense);
+}
+
+template <class T, class Decode, class Tiles>
+void test_quick(Decode decode, Tiles tiles) {
+  for (const sk_pattern& p : {nm(2, 4), nm(1, 4, 4), nm(4, 8), nm(3, 4)}) {
+    for (const Case& c : {Case{1, 64, 256}, Case{9, 33, 131}, Case{37, 70, 42}, Case{0, 5, 64}}) {
+      for (const int activation : {cuda::kNone, cuda::kGelu}) {
+        Case epilogue = c;
+        epilogue.bias = activation != cuda::kNone;
+        epilogue.activation = activation;
+        check_quick<T>(decode, cuda::kDecodeThreads, cuda::kDecodeSharedBytes, p, epilogue);
+        check_quick<T>(tiles, cuda::NmSmall<T>::kThreads, cuda::NmSmall<T>::kSharedBytes, p,
+                       epilogue);
+      }
+    }
+  }
+}
+
 // ---- how often memory is touched -------------------------------------------------------------------
 
 void test_accesses() {
@@ -277,6 +333,11 @@ int main(int argc, char** argv) {
     test_images<BsrSmall<cuda::F32>>(bsr(16, 8));
     test_images<BsrLarge<ptx::BF16>>(bsr(64, 4));
     test_images<BsrSmall<cuda::F32>>(bsr(4, 1));
+  }
+  if (wanted("quick")) {
+    test_quick<cuda::F32>(sparsekit_linear_nm_f32_decode, sparsekit_linear_nm_f32_tiles);
+    test_quick<ptx::F16>(sparsekit_linear_nm_f16_decode, sparsekit_linear_nm_f16_tiles);
+    test_quick<ptx::BF16>(sparsekit_linear_nm_bf16_decode, sparsekit_linear_nm_bf16_tiles);
   }
   if (wanted("accesses")) test_accesses();
   return 0;
