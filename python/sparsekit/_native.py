@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -158,11 +159,20 @@ def _weight(c: Canonical) -> Any:
     )
 
 
+def weight_bytes(
+    pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int = 0
+) -> tuple[int, int, int]:
+    """Bytes of the canonical values, indices and crow_indices."""
+    values, indices, crow = _C.weight_sizes(
+        _encode_pattern(pattern), _encode_dtype(dtype), *shape, nnzb
+    )
+    return int(values), int(indices), int(crow)
+
+
 def _empty_canonical(
     pattern: Pattern, dtype: torch.dtype, shape: tuple[int, int], nnzb: int
 ) -> Canonical:
-    sizes = _C.weight_sizes(_encode_pattern(pattern), _encode_dtype(dtype), *shape, nnzb)
-    values_bytes, indices_bytes, crow_bytes = sizes
+    values_bytes, indices_bytes, crow_bytes = weight_bytes(pattern, dtype, shape, nnzb)
     values = torch.empty(values_bytes // dtype.itemsize, dtype=dtype)
     if isinstance(pattern, NM):
         values = values.view(shape[0], -1)
@@ -580,6 +590,11 @@ def cuda_info(index: int) -> dict[str, Any]:
         ValueError: there is none with this index.
     """
     return dict(_C.cuda_info(index))
+
+
+def ptx_folder() -> Path:
+    """Where a build with CUDA has its kernels as PTX: beside the native module."""
+    return Path(_C.__file__).parent / "_ptx"
 
 
 def cuda_version(version: int) -> str:

@@ -38,13 +38,15 @@ class QuickCall {
   const OutputParams out;
 };
 
+constexpr int kQuickSharedBytes = 32 << 10;  // for every kernel
+
 // Grid: any; a block for NmDecode::kBlockRows rows and 8 tokens is the most that works at once.
 constexpr int kQuickDecodeTokens = 8;
-constexpr int kQuickDecodeRows =
-    1;  // of a warp: what the host prepares elsewhere takes registers here
+constexpr int kQuickDecodeRows = 1;  // of a warp: parameters take registers here
 
 template <class T>
 SK_DEVICE void quick_decode(const void* x, const void* weight, const QuickLinear& q, void* y) {
+  static_assert(kDecodeSharedBytes <= kQuickSharedBytes, "no more is asked for");
   const QuickCall<T> call(x, weight, q, y);
   const NmChunks chunks(call.weights, kQuickDecodeTokens);
   NmDecode<T, kQuickDecodeTokens, kQuickDecodeRows, false>::run_all(call.weights, chunks,
@@ -55,6 +57,7 @@ template <class T>
 SK_DEVICE void quick_tiles(const void* x, const void* weight, const QuickLinear& q, void* y) {
   const QuickCall<T> call(x, weight, q, y);
   using Tile = NmSmall<T>;
+  static_assert(Tile::kSharedBytes <= kQuickSharedBytes, "no more is asked for");
   compute_tiles<Tile, NmCores<Tile>, MatrixX<T>>(call.weights, call.columns, call.out);
 }
 
