@@ -19,8 +19,11 @@ PATTERNS = (
     "2:4v4",
     "2:4v16",
     "1:4",
+    "3:4",
     "4:8",
+    "8:16v4",
     "bsr1x1@0.5",
+    "bsr5x3@0.5",
     "bsr16x16@0.75",
     "bsr32x32@0.75",
     "bsr64x64@0.5",
@@ -42,10 +45,14 @@ CASES = [
 each_case = pytest.mark.parametrize(
     ("kernel", "pattern"), CASES, ids=[f"{kernel.name}-{pattern}" for kernel, pattern in CASES]
 )
-# One for each format and dtype, in the order of the registry.
+# One for each format and dtype, in the order of the registry, with a pattern that is packed in this
+# format for a GPU.
 MAIN = list(
     {
-        (kernel.format, kernel.dtype): (kernel, pattern) for kernel, pattern in reversed(CASES)
+        (kernel.format, kernel.dtype): (kernel, pattern)
+        for kernel, pattern in reversed(CASES)
+        if _native.default_format(parse_pattern(pattern), DTYPES[kernel.dtype], "cuda")
+        == kernel.format
     }.values()
 )
 each_format = pytest.mark.parametrize(

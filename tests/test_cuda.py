@@ -19,6 +19,7 @@ from cuda_cases import (
     GPU,
     KERNELS,
     MAIN,
+    PATTERNS,
     each_format,
     pack_for,
     problem_on_gpu,
@@ -165,11 +166,24 @@ def test_packing_for_a_gpu_needs_none() -> None:
                 sk.linear(torch.zeros(1, 70, dtype=dtype), packed)
 
 
-def test_a_pattern_that_no_gpu_kernel_takes_is_refused_with_every_reason() -> None:
-    with pytest.raises(NotImplementedError, match="no kernel on a GPU takes 3:4 in f32:") as caught:
-        sk.pack(torch.ones(4, 4), "3:4", target="cuda")
-    for kernel in KERNELS:
-        assert f"\n  {kernel.name}: " in str(caught.value)
+@pytest.mark.skipif(not KERNELS, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_kernels_for_gpus_take_every_pattern(dtype: torch.dtype) -> None:
+    for pattern in (*PATTERNS, "1:2", "15:16", "bsr128x1@0.5", "bsr3x127@0.5"):
+        weight = make_problem(1, 33, 70, pattern, dtype).weight
+        packed = sk.pack(weight, pattern, target="cuda")
+        assert torch.equal(packed.to_dense(), weight)
+        formats = {kernel.format for kernel in KERNELS if DTYPES[kernel.dtype] == dtype}
+        assert packed.format in formats
+
+
+@pytest.mark.skipif(not KERNELS, reason="this build has no CUDA kernels")
+def test_tensor_cores_come_first() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = make_problem(1, 64, 64, "2:4", dtype).weight
+        assert sk.pack(weight, "2:4", target="cuda").format == "nm_mma_sp"
+        assert sk.pack(weight, "bsr16x16@0.5", target="cuda").format == "bsr_mma"
+        assert sk.pack(weight, "1:4", target="cuda").format == "nm"
 
 
 def test_the_reason_for_no_gpu_is_told_everywhere() -> None:
@@ -343,8 +357,9 @@ def test_weights_move_between_cpu_and_gpu(kernel: KernelInfo, pattern: str) -> N
     assert torch.equal(dense.cpu(), problem.weight)
     both = there.to("cpu", torch.float32)
     assert (both.dtype, both.device.type) == (torch.float32, "cpu")
-    with pytest.raises(NotImplementedError, match="no kernel on a GPU takes"):
-        there.to(torch.float32)
+    wider = there.to(torch.float32)
+    assert (wider.dtype, wider.device) == (torch.float32, GPU)
+    assert torch.equal(wider.to_dense().cpu(), problem.weight.float())
 
 
 def saved_and_loaded(value: Any) -> Any:
@@ -423,10 +438,11 @@ def test_modules_move_and_convert(model: nn.Sequential) -> None:
     model.to("cpu", torch.float32)
     assert model[0].meta.dtype == torch.float32
     torch.testing.assert_close(forward(model, x.float()).half(), here, rtol=1e-2, atol=1e-2)
-    with pytest.raises(NotImplementedError, match="no kernel on a GPU takes 2:4 in f32"):
-        model[0].to("cuda")
-    assert model[0].packed_data.device.type == "cpu"
-    assert model[0].bias.device.type == "cpu"
+    model.to("cuda")
+    torch.testing.assert_close(
+        forward(model, x.float().cuda()).cpu().half(), here, rtol=1e-2, atol=1e-2
+    )
+    assert model[0].packed.format == "nm"
     dense = model.to("cuda", torch.float16)[0].to_dense()
     assert dense.weight.device == GPU
 
@@ -458,12 +474,13 @@ def test_convert_measures_on_the_gpu(model: nn.Sequential, tmp_path: Path) -> No
 
 
 @pytest.mark.gpu
-def test_a_model_in_float32_stays_dense_with_the_reason(model: nn.Sequential) -> None:
+def test_a_model_in_float32_converts(model: nn.Sequential) -> None:
     model.float().to(GPU)
     x = torch.randn(4, 256, device=GPU)
+    before = forward(model, x)
     report = sk.convert(model, example_inputs=x, gate="always", progress=False)
-    assert report.sparse == []
-    assert "no kernel on a GPU takes 2:4 in f32" in report.rows[0].reason
+    assert report.sparse == ["0", "2"]
+    torch.testing.assert_close(forward(model, x), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -517,8 +534,8 @@ def test_mistakes_are_refused(
         sk.linear(x, packed, problem.bias.cpu())
     with pytest.raises(ValueError, match=r"x has k=63, the packed weight has k=64"):
         sk.linear(x[:, :63], packed)
-    with pytest.raises(ValueError, match=r"packed weight is torch\.b?float16"):
-        sk.linear(x.float(), packed)
+    with pytest.raises(ValueError, match=f"packed weight is {x.dtype}"):
+        sk.linear(x.double(), packed)
     # The operator itself, where nothing has been checked before.
     with pytest.raises(ValueError, match="needs its header"):
         _ops.linear(x, packed.data, 64)
@@ -551,12 +568,26 @@ def test_mistakes_are_refused(
 
 
 @pytest.mark.gpu
-def test_a_canonical_layout_on_a_gpu_is_refused_with_every_reason() -> None:
-    packed = sk.pack(torch.eye(64).half(), "2:4", target="reference").to("cuda")
-    with pytest.raises(NotImplementedError, match="no kernel can run matmul 2:4 f16") as caught:
-        sk.linear(torch.zeros(1, 64, device=GPU).half(), packed)
+def test_a_layout_for_cpus_on_a_gpu_is_refused_with_every_reason() -> None:
+    canonical = sk.pack(torch.eye(64), "2:4").canonical()
+    data = _native.pack(canonical, "nm_rows16")
+    header = _native.packed_header(data)
+    with pytest.raises(NotImplementedError, match="no kernel can run matmul 2:4 f32") as caught:
+        _ops.linear(
+            torch.zeros(1, 64, device=GPU), data.to(GPU), 64, None, None, None, None, header
+        )
     for kernel in KERNELS:
         assert f"\n  {kernel.name}: reads format {kernel.format}" in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_a_canonical_layout_runs_on_a_gpu(dtype: torch.dtype) -> None:
+    problem = make_problem(5, 33, 70, "2:4", dtype, integers=True)
+    packed = sk.pack(problem.weight, "2:4", problem.mask, target="reference").to("cuda")
+    assert packed.format == "nm"
+    y = sk.linear(problem.x.to(GPU), packed)
+    assert_matmul_exact(y, problem.x.to(GPU), problem.weight.to(GPU))
 
 
 @pytest.mark.gpu

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 PATTERNS = ("2:4", "2:4v4", "bsr16x16@0.75", "bsr64x64@0.5")
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # kernel, stride, padding, dilation
 GEOMETRIES: tuple[tuple[Any, ...], ...] = (
     ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),

@@ -24,7 +24,14 @@ from sparsekit.testing import (
 pytestmark = pytest.mark.gpu
 
 KERNELS = [info for info in _native.kernels() if info.device == "cuda" and info.op == "conv2d"]
-PATTERNS = ("2:4", "2:4v16", *(f"bsr{side}x{side}@0.5" for side in (16, 32, 64, 128)))
+PATTERNS = (
+    "2:4",
+    "2:4v16",
+    "1:4",
+    "bsr8x4@0.5",
+    "bsr4x1@0.5",
+    *(f"bsr{side}x{side}@0.5" for side in (16, 32, 64, 128)),
+)
 
 
 def accepts(kernel: KernelInfo, pattern: str, m: int, n: int, k: int) -> bool:

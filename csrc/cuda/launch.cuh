@@ -18,7 +18,7 @@ inline RowParams params_of_x(const MatmulCall& call) {
 }
 template <>
 inline PixelParams params_of_x(const MatmulCall& call) {
-  return {*call.conv, call.k};
+  return {*call.conv, call.k, 8};
 }
 
 // Lets a launch start at a token; returns how many from there on it can take.
@@ -27,8 +27,8 @@ inline int64_t start_at(int64_t token, const MatmulCall& call, RowParams& x) {
   return call.m - token;
 }
 inline int64_t start_at(int64_t token, const MatmulCall& call, PixelParams& x) {
-  const PixelRange range = pixels_from(*call.conv, token);
-  x.x = static_cast<const uint16_t*>(call.x) + range.offset;
+  const PixelRange range = pixels_from(*call.conv, token, 8);
+  x.x = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(call.x) + range.offset);
   x.first_pixel = range.first_pixel;
   return range.tokens;
 }

@@ -64,7 +64,7 @@ inline Plan plan(const TileShape& tile, const Stages& stages, int64_t m, const C
 }
 
 // Where a launch for a convolution may start, and how far it reaches: offsets in x are counted from its first
-// image, in 2^32 chunks of 8 elements.
+// image, in 2^32 chunks of 16 bytes.
 struct PixelRange {
   int64_t offset;   // of the image, in elements
   int first_pixel;  // in it
@@ -72,8 +72,8 @@ struct PixelRange {
 };
 
 // An image is smaller than that (dispatch/matmul_cuda.cc), and images do not overlap.
-inline PixelRange pixels_from(const sk_conv2d_shape& s, int64_t token) {
-  const int64_t reach = int64_t{8} << 32, pixels = s.out_height * s.out_width;
+inline PixelRange pixels_from(const sk_conv2d_shape& s, int64_t token, int elements_of_chunk) {
+  const int64_t reach = int64_t{elements_of_chunk} << 32, pixels = s.out_height * s.out_width;
   const int64_t image = token / pixels, left = s.batch - image;
   const int64_t images =
       left > 1 ? std::min(left, std::max<int64_t>(1, reach / s.x_image_stride)) : 1;

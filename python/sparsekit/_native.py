@@ -601,6 +601,11 @@ def cuda_info(index: int) -> dict[str, Any]:
     return dict(_C.cuda_info(index))
 
 
+def ptx_folder() -> Path:
+    """Where a build with CUDA has its kernels as PTX: beside the native module."""
+    return Path(_C.__file__).parent / "_ptx"
+
+
 def cuda_version(version: int) -> str:
     """13010 as "13.1"."""
     return f"{version // 1000}.{version % 1000 // 10}"

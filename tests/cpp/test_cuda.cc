@@ -112,7 +112,8 @@ void test_choice() {
         message_of(SK_UNSUPPORTED, [&] { sk::select(problem, "matmul_nm_f32_scalar"); });
     CHECK(text.find("runs on the CPU, the problem is on a GPU") != std::string::npos);
   }
-  problem.gpu = &present;  // no kernel on a GPU reads the canonical format
+  problem.gpu = &present;
+  problem.format = sk::kNmRows16;  // which no kernel on a GPU reads
   const std::string text = message_of(SK_UNSUPPORTED, [&] { sk::select(problem, nullptr); });
   for (const sk::Kernel& kernel : sk::kernels()) {
     const bool on_gpu = kernel.where.device_type == SK_CUDA;
@@ -176,6 +177,40 @@ void test_tiles() {
   CHECK(refusal(conv_blocks, "conv2d_bsr_mma_f16_sm80_32x128") ==
         "computes blocks of 32 rows, these have 64");
 
+  // CUDA cores: what the tensor cores do not take, and never what they do.
+  const auto cores = [&](const sk_pattern& pattern, int dtype, int64_t m) {
+    const int format = pattern.family == SK_FAMILY_NM ? sk::kNm : sk::kBsr;
+    sk::Problem p = problem(big, format, pattern, m, 4096, 4096);
+    p.dtype = dtype;
+    return p;
+  };
+  CHECK(chosen(cores(nm(2, 4), SK_F32, 1)) == "matmul_nm_f32_sm80_decode");
+  CHECK(chosen(cores(nm(2, 4), SK_F32, 8)) == "matmul_nm_f32_sm80_decode");
+  CHECK(chosen(cores(nm(2, 4), SK_F32, 2048)) == "matmul_nm_f32_sm80_cores");
+  CHECK(chosen(cores(nm(7, 8), SK_BF16, 1024)) == "matmul_nm_bf16_sm80_cores");
+  CHECK(chosen(cores(bsr(5, 3), SK_F16, 1)) == "matmul_bsr_f16_sm80_decode");
+  CHECK(chosen(cores(bsr(16, 16), SK_F32, 1024)) == "matmul_bsr_f32_sm80_cores");
+  sk::Problem wide = cores(nm(2, 4), SK_F32, 1);
+  wide.n = 1, wide.k = (int64_t{1} << 31) - 256;
+  for (const char* variant : {"cores", "decode"}) {
+    CHECK(refusal(wide, std::string("matmul_nm_f32_sm80_") + variant) ==
+          "k is 2^31 - 256 or more; split the weight along k");
+  }
+  wide.k -= 1;
+  CHECK(refusal(wide, "matmul_nm_f32_sm80_cores").empty());
+  for (const int dtype : {SK_F16, SK_BF16}) {
+    CHECK(sk::default_format(nm(2, 4), dtype, "cuda") == sk::kNmMmaSp);
+    CHECK(sk::default_format(nm(2, 4, 4), dtype, "cuda") == sk::kNmMmaSp);
+    CHECK(sk::default_format(nm(1, 4), dtype, "cuda") == sk::kNm);
+    CHECK(sk::default_format(bsr(8, 8), dtype, "cuda") == sk::kBsr);
+    for (const int rows : {16, 32, 64, 128}) {
+      for (const int columns : {16, 32, 64, 128})
+        CHECK(sk::default_format(bsr(rows, columns), dtype, "cuda") == sk::kBsrMma);
+    }
+  }
+  CHECK(sk::default_format(nm(2, 4), SK_F32, "cuda") == sk::kNm);
+  CHECK(sk::default_format(bsr(16, 16), SK_F32, "cuda") == sk::kBsr);
+
   sk::CudaDevice small = gpu(89);  // GeForce and its kin
   small.shared_per_block = 99 << 10, small.shared_per_sm = 100 << 10;
   CHECK(chosen(sparse(small, 4096)) == sp + "128x128");
@@ -217,25 +252,20 @@ void test_target() {
   } else {
     CHECK_FAILS(ask(nm(2, 4), SK_BF16, "cuda:999"), kInvalid, "CUDA: expected a device from 0 to ");
   }
-  // No kernel on a GPU takes this pattern; every one says why.
-  CHECK_FAILS(ask(nm(3, 4), SK_F32, "cuda"), SK_UNSUPPORTED,
-              "pack: no kernel on a GPU takes 3:4 in f32:");
-  const std::string refusals = sk_last_error();
-  for (const sk_kernel_info& kernel : kernels()) {
-    CHECK((refusals.find(std::string("\n  ") + kernel.name + ": ") != std::string::npos) ==
-          (kernel.device_type == SK_CUDA));
-  }
+  // Kernels for GPUs take every pattern in every dtype. Where none can run, every one says why.
   if (!has_cuda_kernels()) {
-    CHECK(
-        refusals.find("this build has no CUDA kernels; rebuild with nvcc and SPARSEKIT_CUDA=ON") !=
-        std::string::npos);
+    CHECK_FAILS(
+        ask(nm(3, 4), SK_F32, "cuda"), SK_UNSUPPORTED,
+        "pack: no kernel on a GPU takes 3:4 in f32: this build has no CUDA kernels; rebuild "
+        "with nvcc and SPARSEKIT_CUDA=ON");
+    CHECK(!std::strcmp(format, "untouched"));
+    return;
   }
-  CHECK(!std::strcmp(format, "untouched"));
   // A format for a GPU is one that a kernel there reads, and that holds the pattern.
   for (const sk_pattern& pattern : all_patterns()) {
     for (int32_t dtype : kDtypes) {
       context = "target cuda " + name(pattern) + " " + dtype_name(dtype);
-      if (ask(pattern, dtype, "cuda") != SK_OK) continue;
+      CHECK_OK(ask(pattern, dtype, "cuda"));
       bool read = false;
       for (const sk_kernel_info& kernel : kernels()) {
         read = read || (kernel.device_type == SK_CUDA && !std::strcmp(kernel.format, format) &&
@@ -481,7 +511,7 @@ void test_launches() {
   sk_conv2d_shape s{};
   s.batch = 10, s.out_height = 3, s.out_width = 5;
   const auto range_is = [&](int64_t token, int64_t image, int first_pixel, int64_t tokens) {
-    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token, 8);
     CHECK(range.offset == image * s.x_image_stride && range.first_pixel == first_pixel &&
           range.tokens == tokens);
   };
@@ -502,7 +532,7 @@ void test_launches() {
   const sk::cuda::Stages stages{4096, int64_t{1} << 26, true};
   int64_t token = 0, inside = 0;
   while (token < 15000) {
-    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token);
+    const sk::cuda::PixelRange range = sk::cuda::pixels_from(s, token, 8);
     const sk::cuda::Plan plan = sk::cuda::plan(tile, stages, range.tokens, gpu(80));
     CHECK(plan.tokens > 0 && plan.tokens <= range.tokens && plan.token_tiles < 32);
     CHECK(range.offset == token / 15 * s.x_image_stride && range.first_pixel == token % 15);
@@ -515,7 +545,7 @@ void test_launches() {
   s.x_image_stride = int64_t{1} << 20;
   for (token = 0; token < 15000;
        token += sk::cuda::plan(tile, stages, 15000 - token, gpu(80)).tokens)
-    inside += sk::cuda::pixels_from(s, token).first_pixel > 0;
+    inside += sk::cuda::pixels_from(s, token, 8).first_pixel > 0;
   CHECK(inside > 0);
 }
 

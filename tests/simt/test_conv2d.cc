@@ -1,80 +1,21 @@
 // Every tile of the tensor-core convolutions: exact sums of small integers over kernels, strides, dilations and
 // paddings, tiles across lines and images, and images whose memory ends with their last channel.
+#include "conv_case.h"
 #include "cuda/pixels.cuh"
 #include "tile_case.h"
 
 namespace {
 
-struct Geometry {
-  int64_t batch, in_height, in_width, channels, tap;
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height = 1, stride_width = 1, dilation_height = 1, dilation_width = 1;
-  int64_t top = 0, left = 0, bottom = 0, right = 0;
-  int64_t pixel_pad = 0, line_pad = 0, image_pad = 0;  // what no tap sees, in elements
-
-  sk_conv2d_shape shape() const {
-    sk_conv2d_shape s{};
-    s.batch = batch, s.in_height = in_height, s.in_width = in_width, s.in_channels = channels;
-    s.x_pixel_stride = (channels + 7) / 8 * 8 + pixel_pad;
-    s.x_line_stride = in_width * s.x_pixel_stride + line_pad;
-    s.x_image_stride = in_height * s.x_line_stride + image_pad;
-    s.kernel_height = kernel_height, s.kernel_width = kernel_width;
-    s.stride_height = stride_height, s.stride_width = stride_width;
-    s.dilation_height = dilation_height, s.dilation_width = dilation_width;
-    s.padding_top = top, s.padding_left = left;
-    const auto out = [](int64_t in, int64_t kernel, int64_t stride, int64_t dilation) {
-      return (in - dilation * (kernel - 1) - 1) / stride + 1;
-    };
-    s.out_height = out(in_height + top + bottom, kernel_height, stride_height, dilation_height);
-    s.out_width = out(in_width + left + right, kernel_width, stride_width, dilation_width);
-    return s;
-  }
-};
-
-// The images, and the matrix that they stand for. What no window sees is NaN.
 template <class T>
 X<cuda::PixelParams> make_images(const Case& c, const sk_conv2d_shape& s, std::mt19937& random) {
+  const Images images = make_numbers(s, c.m, c.k, [&] { return c.number(random); });
   X<cuda::PixelParams> x;
-  const auto at = [&s](int64_t image, int64_t line, int64_t place, int64_t channel) {
-    return size_t(image * s.x_image_stride + line * s.x_line_stride + place * s.x_pixel_stride +
-                  channel);
-  };
-  x.memory.assign(at(s.batch - 1, s.in_height - 1, s.in_width - 1, s.in_channels), 0xffff);
-  std::vector<float> numbers(x.memory.size());
-  for (int64_t image = 0; image < s.batch; ++image) {
-    for (int64_t line = 0; line < s.in_height; ++line) {
-      for (int64_t place = 0; place < s.in_width; ++place) {
-        for (int64_t channel = 0; channel < s.in_channels; ++channel) {
-          const size_t i = at(image, line, place, channel);
-          numbers[i] = c.number(random);
-        }
-      }
-    }
-  }
-  const int64_t tap = c.k / (s.kernel_height * s.kernel_width);
-  x.dense.assign(size_t(c.m * c.k), 0);
-  size_t row = 0;
-  for (int64_t image = 0; image < s.batch; ++image) {
-    for (int64_t p = 0; p < s.out_height; ++p) {
-      for (int64_t q = 0; q < s.out_width; ++q, row += size_t(c.k)) {
-        for (int64_t r = 0; r < s.kernel_height; ++r) {
-          for (int64_t t = 0; t < s.kernel_width; ++t) {
-            const int64_t line = p * s.stride_height - s.padding_top + r * s.dilation_height;
-            const int64_t place = q * s.stride_width - s.padding_left + t * s.dilation_width;
-            if (line < 0 || line >= s.in_height || place < 0 || place >= s.in_width) continue;
-            for (int64_t channel = 0; channel < s.in_channels; ++channel) {
-              const size_t i = at(image, line, place, channel);
-              x.memory[i] = to_bits<T>(numbers[i]);
-              x.dense[row + size_t((r * s.kernel_width + t) * tap + channel)] = numbers[i];
-            }
-          }
-        }
-      }
-    }
-  }
+  x.dense = images.dense;
+  x.memory.resize(images.memory.size());
+  std::transform(images.memory.begin(), images.memory.end(), x.memory.begin(), to_bits<T>);
   x.params = [s, k = c.k](int64_t token) {
-    cuda::PixelParams params(s, k);
-    const cuda::PixelRange range = cuda::pixels_from(s, token);
+    cuda::PixelParams params(s, k, 8);
+    const cuda::PixelRange range = cuda::pixels_from(s, token, 8);
     params.first_pixel = range.first_pixel;
     return std::make_pair(params, range.offset);
   };

@@ -210,7 +210,7 @@ std::vector<uint16_t> run(const sk_pattern& pattern, int format_id, const Case& 
     const bool even = pattern.family == SK_FAMILY_NM;  // only tiles of one size go round whole
     p.whole_tiles = c.share || !even ? 0 : p.token_tiles * int(ceil_div(c.n, int64_t{Tile::kRows}));
     auto [params, offset] = x.params(from);
-    params.x = x_buffer.data() + offset;
+    params.x = reinterpret_cast<decltype(params.x)>(x_buffer.data() + offset);
     return simt::launch(launch, cuda::matmul_mma<Tile, WeightsOf, CopierOf>, p, params);
   };
   if (c.cut > 0) launch_tokens(0, c.cut);

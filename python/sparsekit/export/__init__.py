@@ -9,9 +9,19 @@ from typing import Any
 
 from sparsekit.export.api import onnx
 from sparsekit.export.packages import require_onnx
+from sparsekit.export.plugin import plugin_path
+from sparsekit.export.quick import register_quick_plugins
 from sparsekit.export.report import ExportReport, ExportRow
 
-__all__ = ["ExportReport", "ExportRow", "onnx", "reference_ops", "register_schemas"]
+__all__ = [
+    "ExportReport",
+    "ExportRow",
+    "onnx",
+    "plugin_path",
+    "reference_ops",
+    "register_quick_plugins",
+    "register_schemas",
+]
 
 
 def reference_ops() -> list[Any]:
