@@ -26,7 +26,6 @@ Plugin::Plugin(const Plugin& other)
       attributes_(other.attributes_),
       facts_(other.facts_),
       phase_(other.phase_),
-      tactic_(other.tactic_),
       kernel_(other.kernel_),
       description_(other.description_) {}
 

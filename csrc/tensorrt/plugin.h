@@ -122,7 +122,6 @@ class Plugin : public nvinfer1::IPluginV3,
   Attributes attributes_;
   BuildFacts facts_;
   TensorRTPhase phase_;
-  int32_t tactic_ = 0;
   std::string kernel_;  // of the tactic; "": the library's choice
   std::string description_;
 

@@ -9,7 +9,6 @@ namespace sk::tensorrt {
 int32_t Plugin::setTactic(int32_t tactic) noexcept {
   return guarded(
       [&] {
-        tactic_ = tactic;
         kernel_.clear();
         try {
           kernel_ = kernel_of_tactic(tactic);
@@ -40,7 +39,6 @@ void Plugin::expect_fits(const PluginTensorDesc* in, int32_t inputs,
                 weight.format == TensorFormat::kLINEAR,
             op(), ": expected weight as a vector of int32, got type ", int(weight.type),
             " and shape ", text(weight.dims));
-  sections_of(attributes_, weight.dims.d[0]);
 }
 
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs,
@@ -49,6 +47,7 @@ int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t inputs,
       [&] {
         expect_count(inputs, outputs);
         expect_fits(in, inputs, out[0]);
+        sections_of(attributes_, in[kWeight].dims.d[0]);  // throws
         facts_.inputs = inputs;
         return 0;
       },

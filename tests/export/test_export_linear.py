@@ -26,10 +26,14 @@ from export_cases import (
     write,
 )
 from onnx import TensorProto, helper
+from onnxscript import ir
 from torch import Tensor, nn
 
 import sparsekit as sk
+from sparsekit.export.calls import find_calls
+from sparsekit.export.lower import lower
 from sparsekit.export.nodes import SparseNode
+from sparsekit.export.trace import PACKED
 from sparsekit.export.weights import encode
 
 
@@ -312,6 +316,31 @@ def test_autocast(path: Path) -> None:
     model, x = Cast(), randn(3, 16)
     write(model, x, path)
     assert_same_bits(evaluate(path, x), results(model, x))
+
+
+def test_a_cast_that_the_exporter_left(path: Path) -> None:
+    weight, bias = packed(16, 16, dtype=torch.bfloat16), randn(16, seed=1)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.BFLOAT16), shape=ir.Shape((2, 16)))
+    stored = [
+        ir.Value(name=name, const_value=ir.tensor(value))
+        for name, value in (("packed", weight.data), ("bias", bias))
+    ]
+    cast = ir.node("Cast", stored[1:], {"to": ir.DataType.BFLOAT16.value})
+    epilogue = {"activation": "relu", "residual_first": 0}
+    inputs = [x, stored[0], cast.outputs[0]]
+    call = ir.node("SparseLinear", inputs, epilogue, domain=PACKED)
+    (y,) = call.outputs
+    y.name, y.type, y.shape = "y", x.type, x.shape
+    opsets = {"": 20, PACKED: 1}
+    graph = ir.Graph([x], [y], nodes=[cast, call], initializers=stored, opset_imports=opsets)
+    model = ir.Model(graph, ir_version=10)
+    (row,) = lower(model, find_calls(model, ()), "canonical", lambda: None)
+    assert row.layer == "y"
+    ir.save(model, path)
+    assert list(constants(path)) == ["y.weight"]
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["SparseLinear"]
+    given = randn(2, 16, dtype=torch.bfloat16)
+    assert_same_bits(evaluate(path, given), [sk.linear(given, weight, bias.bfloat16(), "relu")])
 
 
 def test_the_report_is_a_table(path: Path) -> None:

@@ -20,8 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NAME = "libsparsekit_tensorrt.so"
 
-# What runs with TensorRT loaded: in its own process, left before anything is torn down, because parts
-# of TensorRT crash there where no GPU is.
+# What runs with TensorRT loaded: in its own process, left before anything is torn down, because
+# parts of TensorRT crash there where no GPU is.
 PROGRAM = """
 import json, os, sys
 import numpy as np

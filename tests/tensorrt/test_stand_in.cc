@@ -233,11 +233,12 @@ void test_launches(const Library& library) {
   const int32_t all = timed.plugin.build().getNbTactics();
   std::vector<int32_t> ids(static_cast<size_t>(all));
   CHECK(timed.plugin.build().getValidTactics(ids.data(), all) == 0);
+  Plugin run_by = timed.plugin.clone();
   const auto kernel_at = [&](int64_t m) {
     const Call at(layer, timed.weight, {m, 128}, Fill::kIntegers, random);
     const GpuBytes workspace(std::vector<uint8_t>(at.workspace_bytes(timed.plugin), 0xff));
     fake::take_launches();
-    at.run(timed.plugin, timed.constant.address(), workspace.address(), nullptr);
+    at.run(run_by, timed.constant.address(), workspace.address(), nullptr);
     const auto done = fake::take_launches();
     CHECK(done.size() == 1);
     return done[0].kernel;
@@ -248,6 +249,7 @@ void test_launches(const Library& library) {
     if (!answer.ok) continue;
     CHECK(ids[size_t(tactics++)] == tactic_id(answer.name));
     CHECK(timed.plugin.runtime().setTactic(tactic_id(answer.name)) == 0);
+    run_by = timed.plugin.attach();
     int rows = 0, tokens = 0;
     CHECK(std::sscanf(answer.name, "matmul_nm_mma_sp_f16_sm80_%dx%d", &rows, &tokens) == 2);
     const std::string tile =
@@ -256,7 +258,7 @@ void test_launches(const Library& library) {
     CHECK(kernel_at(31) == own_choice[0] && kernel_at(129) == own_choice[2]);
   }
   CHECK(tactics == all);
-  CHECK(timed.plugin.runtime().setTactic(ids[0]) == 0 && kernel_at(64) == own_choice[1]);  // "auto"
+  CHECK(run_by.runtime().setTactic(ids[0]) == 0 && kernel_at(64) == own_choice[1]);  // "auto"
   // One that refuses: blocks of other rows.
   const char* wrong = "matmul_bsr_mma_f16_sm80_64x16";
   CHECK(timed.plugin.runtime().setTactic(tactic_id(wrong)) == 0);
@@ -377,21 +379,37 @@ void test_hostile(const Library& library) {
   scene.constant.write(bytes);
   scene.refuse(scene.plugin, "SparseLinear: the packed weight is damaged; export the model again");
   context = "hostile header";
-  Layer other = layer;
-  other.n = 69;  // as many block rows, and as many bytes
-  Random again(11);
-  const LayerWeight weight(other, Fill::kIntegers, again);
-  if (weight.bytes.size() == bytes.size()) {
-    scene.constant.write(weight.bytes);
-    scene.refuse(scene.plugin, "is not what the attributes say; export the model again");
-  }
+  Layer narrow;
+  narrow.format = "nm_mma_sp";
+  Scene padded(library, narrow, {7, 64});
+  narrow.n = 31;  // as many units
+  const LayerWeight narrower(narrow, Fill::kIntegers, random);
+  padded.constant.write(narrower.bytes);
+  padded.refuse(padded.plugin,
+                "SparseLinear: the packed weight of group 0 is not what the attributes say");
+
   context = "hostile groups";
-  Layer groups = Layer::convolution(nm(2, 4), SK_F16, 64, 16, {1, 3}, 2);
-  groups.format = "nm_mma_sp";
-  Scene grouped(library, groups, {1, 32, 3, 4});
+  Layer groups = Layer::convolution(bsr(16, 16), SK_F16, 128, 32, {1, 3}, 2);
+  groups.format = "bsr_mma";
+  Scene grouped(library, groups, {1, 64, 3, 4});
+  const auto parts = grouped.weight.pack_groups(groups, "bsr_mma");
+  CHECK(parts[0].bytes() != parts[1].bytes());
+  const size_t half = grouped.weight.bytes.size() / 2;
+  const bool first_is_longer = parts[0].bytes() > parts[1].bytes();
+  for (const bool twice_the_longer : {true, false}) {
+    bytes = grouped.weight.bytes;
+    if (twice_the_longer == first_is_longer) {
+      std::copy_n(bytes.begin(), half, bytes.begin() + int64_t(half));
+    } else {
+      std::copy_n(bytes.begin() + int64_t(half), half, bytes.begin());
+    }
+    grouped.constant.write(bytes);
+    grouped.refuse(grouped.plugin,
+                   twice_the_longer ? "the packed weight of group 1 is not what the attributes say"
+                                    : " blocks in all groups, got ");
+  }
   bytes = grouped.weight.bytes;
-  std::swap_ranges(bytes.begin(), bytes.begin() + 128, bytes.begin() + int64_t(bytes.size() / 2));
-  bytes[40] = 65;
+  bytes[40] ^= 1;
   grouped.constant.write(bytes);
   grouped.refuse(grouped.plugin, "packed weight: the header is damaged; pack the weight again");
 }

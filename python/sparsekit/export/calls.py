@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from onnxscript import ir
+from onnxscript import ir, optimizer
 from torch import Tensor
 
 from sparsekit import _native
@@ -61,16 +61,29 @@ class Call:
         return None if value is None else self._constant(value, "bias")
 
     def _constant(self, value: ir.Value, what: str) -> Tensor:
-        if value.const_value is None:
+        tensor = _constant(value)
+        if tensor is None:
             raise ValueError(
                 f"export: the {what} of {self.layer!r} is computed by the graph or comes in as an "
                 "input; a node holds constants: keep the PackedWeight and its bias in the model"
             )
-        return _tensor(value.const_value)
+        return tensor
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _constant(value: ir.Value) -> Tensor | None:
+    """The tensor that a value always is, on the CPU; None where it depends on inputs."""
+    if value.const_value is not None:
+        return _tensor(value.const_value)
+    node = value.producer()
+    # What autocast makes of a constant, in exporters that do not compute it.
+    if node is None or (node.domain, node.op_type) != ("", "Cast"):
+        return None
+    source, dtype = _constant(node.inputs[0]), node.attributes["to"].as_int()
+    return None if source is None else source.to(_TORCH_DTYPES[ir.DataType(dtype)])
 
 
 def _tensor(value: ir.TensorProtocol) -> Tensor:
@@ -179,14 +192,15 @@ def replace(call: Call, nodes: Sequence[ir.Node], result: ir.Value) -> None:
 
 
 def finish(model: ir.Model, calls: Sequence[Call], ours: bool) -> None:
-    """Remove what the calls alone needed: packed bytes, biases, the domain `PACKED`.
+    """Remove what the calls alone needed: packed bytes, biases, casts, the domain `PACKED`.
 
     Args:
         ours: whether there are nodes of our domain now.
     """
+    optimizer.remove_unused_nodes(model)
     for value in (value for call in calls for value in call.constants if value is not None):
         if not value.uses() and not value.is_graph_output():
-            model.graph.initializers.pop(value.name, None)
+            model.graph.initializers.pop(str(value.name), None)
     for container in (model, *model.functions.values()):
         container.opset_imports.pop(PACKED, None)
     if ours:
