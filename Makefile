@@ -218,8 +218,6 @@ build/aarch64-toolkit/.done: .ci/aarch64_cuda.sh | $(VENV)/.tools
 
 # Orin and Thor. Wheels get all.
 JETSON_ARCHITECTURES ?= 87;110
-# Where TensorRT's headers are; without them the plugin is left out.
-TENSORRT_INCLUDE_DIR ?=
 AARCH64_NVCC = $(abspath build/aarch64-toolkit/bin/nvcc)
 AARCH64_TREE = sparsekit-$(shell sed -n 's/.*sparsekit VERSION \([0-9.]*\).*/\1/p' CMakeLists.txt)-linux-aarch64
 
