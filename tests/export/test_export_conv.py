@@ -22,11 +22,13 @@ from export_cases import (
     sparse_nodes,
     write,
 )
+from onnx import helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import sparsekit as sk
+from sparsekit.export import reference
 from sparsekit.export.nodes import Window
-from sparsekit.export.reference import SparseConv2d
 from sparsekit.export.weights import encode
 
 
@@ -160,14 +162,12 @@ def run(node_changes: dict[str, object], x: Tensor, residual: Tensor | None = No
     weight = sk.pack(randn(16, 8, 3, 3), "2:4")
     window = Window(8, (3, 3), (1, 1), (1, 1), (0, 0, 0, 0), 1)
     node, words = encode(weight.canonical(), None, None, False, window)
-    from onnx import helper
-
     made = helper.make_node(
         "SparseConv2d", ["x", "w"], ["y"], domain="sparsekit", **(node.attributes() | node_changes)
     )
     params = {"log": lambda *_: None, "opsets": {"": 20}, "new_ops": None}
     inputs = [x.numpy(), words.numpy()] + ([] if residual is None else [residual.numpy()])
-    SparseConv2d(made, params).run(*inputs)
+    reference.SparseConv2d(made, params).run(*inputs)
 
 
 def test_what_a_node_refuses_when_it_runs() -> None:
@@ -191,18 +191,12 @@ def test_what_a_node_refuses_when_it_runs() -> None:
 
 
 def test_a_weight_of_another_type_is_refused() -> None:
-    from sparsekit.export.reference import _Layer
-
     node, words = encode(packed(8, 8).canonical(), None, None, False, None)
     with pytest.raises(ValueError, match="SparseLinear: expected weight as int32, got uint8"):
-        _Layer("SparseLinear", dict(node.attributes()), words.numpy().view(np.uint8))
+        reference._Layer("SparseLinear", dict(node.attributes()), words.numpy().view(np.uint8))
 
 
 def test_the_weight_is_packed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnx.reference import ReferenceEvaluator
-
-    from sparsekit.export import reference
-
     write(conv((8, 8, 3, 3)), randn(1, 8, 5, 5), path)
     calls = []
     real = reference.decode

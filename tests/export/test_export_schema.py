@@ -16,7 +16,9 @@ from onnxscript import ir
 from torch import Tensor, nn
 
 import sparsekit as sk
+from sparsekit.export import lint as lint_module
 from sparsekit.export.lint import lint
+from sparsekit.export.weights import encode
 
 
 class Net(nn.Module):
@@ -110,8 +112,6 @@ def test_inference_refuses_wrong_attributes(
 
 
 def single(x: list[Any], residual: list[Any] | None = None, element: int = 1) -> onnx.ModelProto:
-    from sparsekit.export.weights import encode
-
     node, words = encode(sk.pack(randn(16, 8), "2:4").canonical(), None, None, False, None)
     inputs = [helper.make_tensor_value_info("x", element, x)]
     names = ["x", "w"]
@@ -215,9 +215,7 @@ def test_lint_of_a_weight_that_is_no_constant(file: onnx.ModelProto) -> None:
 def test_the_exporter_writes_nothing_that_the_lint_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsekit.export import lint as module
-
-    monkeypatch.setattr(module, "lint", lambda model: ["a problem", "another"])
+    monkeypatch.setattr(lint_module, "lint", lambda model: ["a problem", "another"])
     with pytest.raises(RuntimeError, match="the graph would not be read: a problem; another"):
         write(linear(8, 8), torch.randn(1, 8), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

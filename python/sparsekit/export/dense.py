@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsekit import _native
 from sparsekit.export.calls import Call, Constants, finish, replace
-from sparsekit.export.report import ExportRow
+from sparsekit.export.report import ExportRow, row_of
 from sparsekit.filters import FilterShape, to_filters
 
 _GELU_OPSET = 20
@@ -85,7 +85,7 @@ class _Writer:
             stored, weight = self._quantized_weight(call, canonical)
         y = self._product(call, x, weight)
         y = self._epilogue(call, y, dtype)
-        row = ExportRow.of(
+        row = row_of(
             call,
             "MatMul" if call.window is None else "Conv",
             canonical.pattern,

@@ -8,7 +8,7 @@ from onnxscript import ir
 
 from sparsekit.export.calls import Call, Constants, finish, replace
 from sparsekit.export.nodes import DOMAIN
-from sparsekit.export.report import ExportRow
+from sparsekit.export.report import ExportRow, row_of
 from sparsekit.export.weights import encode
 
 
@@ -56,9 +56,7 @@ def lower(
             inputs.append(call.residual)
         name = call.node.name
         new = ir.node(node.op_type, inputs, node.attributes(), domain=DOMAIN, name=name)
-        written.append(
-            ExportRow.of(call, node.op_type, node.pattern, node.dtype, node.format, constant)
-        )
+        written.append(row_of(call, node.op_type, node.pattern, node.dtype, node.format, constant))
         replace(call, [new], new.outputs[0])
         step()
     finish(model, calls, ours=bool(calls))

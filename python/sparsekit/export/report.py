@@ -39,21 +39,21 @@ class ExportRow:
     activation: str | None
     residual: bool
 
-    @classmethod
-    def of(
-        cls, call: Call, node: str, pattern: Pattern, dtype: torch.dtype, format: str, constant: Any
-    ) -> ExportRow:
-        """The row of a call whose weight is `constant`, a value of the graph."""
-        return cls(
-            call.layer,
-            node,
-            str(pattern),
-            str(dtype).removeprefix("torch."),
-            format,
-            int(constant.const_value.nbytes),
-            call.activation,
-            call.residual is not None,
-        )
+
+def row_of(
+    call: Call, node: str, pattern: Pattern, dtype: torch.dtype, format: str, constant: Any
+) -> ExportRow:
+    """The row of a call whose weight is `constant`, a value of the graph."""
+    return ExportRow(
+        call.layer,
+        node,
+        str(pattern),
+        str(dtype).removeprefix("torch."),
+        format,
+        int(constant.const_value.nbytes),
+        call.activation,
+        call.residual is not None,
+    )
 
 
 @dataclass(frozen=True)
