@@ -95,6 +95,9 @@ void check_together(const Attributes& a) {
   const sk_pattern pattern = a.sparsity();
   int64_t bytes[3];
   check(sk_weight_sizes(&pattern, a.dtype, a.n, a.k, a.nnzb, &bytes[0], &bytes[1], &bytes[2]));
+  const bool own = a.blocks() ? !pattern.kept && !pattern.group && !pattern.vector
+                              : !pattern.block_rows && !pattern.block_cols;
+  SK_EXPECT(own, op, ": expected zeros for the other family in attribute pattern");
   SK_EXPECT(a.blocks() || a.nnzb == 0, op, ": expected nnzb=0 for N:M, got ", a.nnzb);
   SK_EXPECT(a.n % a.group == 0, op, ": expected n as a multiple of group=", a.group, ", got ", a.n);
   const int32_t together = a.blocks() ? pattern.block_rows : pattern.vector;

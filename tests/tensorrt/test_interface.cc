@@ -114,6 +114,9 @@ void test_attributes(const Library& library) {
            "pattern: expected family nm (0) or bsr (1), got 7");
     refuse(layer, set("pattern", {1, 0, 0, 0, 0, 16}),
            "expected block sides from 1 to 128, got 0x16");
+    refuse(layer, set("pattern", {0, 2, 4, 1, 16, 0}),
+           op + ": expected zeros for the other family in attribute pattern");
+    refuse(layer, set("pattern", {1, 0, 0, 1, 16, 16}), ": expected zeros for the other family");
     refuse(layer, set("nnzb", {1}), op + ": expected nnzb=0 for N:M, got 1");
     refuse(
         layer, [](F f) { f.set_text("format", "nm_rows16"); },
