@@ -40,7 +40,7 @@ def test_names() -> None:
         conv2d = mangled.format("4BF16", kind, "11PixelCopier")
         assert kernel_name(conv2d) == f"conv2d_{format} bf16 64x16"
     assert kernel_name("_ZN2sk14sp_pack_kernel") == "_ZN2sk14sp_pack_kernel"
-    tile = "_ZN2sk4cuda5coresINS0_9CoresTileI{}Li64ELi32ELi4ELi4ELi32ELi4EEENS0_{}IS4_EENS0_{}IS3_EEEEv"
+    tile = "_ZN2sk4cuda5coresINS0_9CoresTileI{}Li64ELi32ELi4ELi4EEENS0_{}IS4_EENS0_{}IS3_EEEEv"
     assert (
         kernel_name(tile.format("NS0_3F32E", "7NmCores", "7MatrixX")) == "matmul_nm_cores f32 64x32"
     )
