@@ -41,6 +41,12 @@ FAMILIES = {
     "conv2d_bsr_mma": "blocks, convolutions",
 }
 
+# Kernels on CUDA cores: what a thread block of each computes, by the end of its id.
+CORES = {
+    "cores": "rows of W x tokens of a tile",
+    "decode": "tokens together; v: rows of a vector together",
+}
+
 HEAD = """# What the compiler made of the CUDA kernels
 
 Made by `make cuda-report`, which fails where a kernel spills registers, touches local memory, lacks
@@ -115,10 +121,24 @@ def kernel_name(mangled: str) -> str:
         mangled,
     )
     if not match:
-        return mangled
+        return cores_name(mangled)
     dtype, rows, tokens, kind, copier = match.groups()
     family = family_of("conv2d" if copier == "Pixel" else "matmul", kind)
     return f"{family} {dtype.lower()} {rows}x{tokens}"
+
+
+def cores_name(mangled: str) -> str:
+    """An instance of a kernel on CUDA cores is "matmul_nm_cores f32 128x64"; other names stay."""
+    if tile := re.search(
+        r"5coresI.*?\d(B?F\d\d)ELi(\d+)ELi(\d+)E.*?(Nm|Bsr)Cores.*?(Matrix|Pixel)X", mangled
+    ):
+        dtype, rows, tokens, kind, source = tile.groups()
+        op = "matmul" if source == "Matrix" else "conv2d"
+        return f"{op}_{kind.lower()}_cores {dtype.lower()} {rows}x{tokens}"
+    if few := re.search(r"(nm|bsr)_decodeI.*?\d(B?F\d\d)ELi(\d+)E(?:Li\d+ELb(\d))?", mangled):
+        kind, dtype, tokens, vector = few.groups()
+        return f"matmul_{kind}_decode {dtype.lower()} {tokens}{'v' if vector == '1' else ''}"
+    return mangled
 
 
 def find_tool(name: str) -> str:
@@ -177,7 +197,7 @@ def read_code(objects: list[str]) -> dict[tuple[str, str], Code]:
 def faults(name: str, architecture: str, code: Code) -> list[str]:
     """What a kernel's code should not be."""
     count = code.instructions
-    known = " " in name
+    known = " " in name and not on_cores(name)
     wanted = DENSE_MMA if "bsr_mma" in name else SPARSE_MMA
     found = []
     if code.stack or code.local:
@@ -190,7 +210,36 @@ def faults(name: str, architecture: str, code: Code) -> list[str]:
         found.append("no asynchronous copies of 16 bytes")
     if known and not any(op.startswith("LDS.128") for op in count):
         found.append("no loads of 16 bytes from shared memory")
+    if on_cores(name) and not any(op.startswith("FFMA") for op in count):
+        found.append("no FFMA")
+    if "_cores " in name and not any(op.startswith("LDS.128") for op in count):
+        found.append("no loads of 16 bytes from shared memory")
     return [f"{name} for sm_{architecture}: {fault}" for fault in found]
+
+
+def on_cores(name: str) -> bool:
+    return name.split()[0].endswith(tuple(f"_{variant}" for variant in CORES))
+
+
+def cores_table(found: dict[tuple[str, str], Code], architectures: list[str]) -> list[str]:
+    """Registers of the kernels on CUDA cores, the largest of the dtypes."""
+    registers: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for (name, architecture), code in found.items():
+        if on_cores(name):
+            kernel, _, size = name.split()
+            of = registers[kernel, size]
+            of[architecture] = max(of[architecture], code.registers)
+    lines = []
+    for variant, meaning in CORES.items():
+        head = ["kernel", meaning, *(f"sm_{a}" for a in architectures)]
+        lines += [f"## CUDA cores: `<op>_<format>_<dtype>_sm80_{variant}`, registers", ""]
+        lines += ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+        for (kernel, size), of in sorted(registers.items()):
+            if kernel.endswith(f"_{variant}"):
+                cells = [kernel, size, *(str(of[a]) for a in architectures)]
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
 
 
 def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str:
@@ -221,6 +270,7 @@ def table(found: dict[tuple[str, str], Code], all_tiles: dict[str, Tile]) -> str
         [
             HEAD,
             *lines,
+            *cores_table(found, architectures),
         ]
     )
 

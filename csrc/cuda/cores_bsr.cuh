@@ -2,7 +2,7 @@
 //
 // The kept columns of a block row are numbered one block after the other: `kept column` j is column j % bc of its
 // block j / bc. Many tokens: a stage is kDepth of them (cores.cuh). Few tokens: bsr_decode, where a lane takes four
-// of them (one where bc is no multiple of 4) and the next lane the next, for kDecodeRows rows at once, so that a
+// of them (one where bc is no multiple of 4) and the next lane the next, for kBsrDecodeRows rows at once, so that a
 // number of x from L1 meets as many weights. W is read once, 16 bytes a lane: 4 bytes a kept weight in float32.
 #pragma once
 #include "cuda/cores_nm.cuh"
@@ -142,7 +142,8 @@ using BsrSmall = CoresTile<T, 16, 128, 4, 4, 16, 4>;
 
 // ---- few tokens ----------------------------------------------------------------------------------
 
-constexpr int kBsrDecodeRows = 4;  // of a warp, all of one block row
+constexpr int kBsrDecodeRows = 4;   // of a warp, all of one block row
+constexpr int kBsrDecodeWarps = 4;  // of a block
 
 // kBsrDecodeRows rows of a block, from `row` on, for kTokens tokens.
 template <class T, int kTokens>
@@ -196,15 +197,15 @@ SK_DEVICE void bsr_decode_rows(const BsrParams& p, const MatrixParams& x, const 
 }
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
+__global__ void __launch_bounds__(32 * kBsrDecodeWarps, 3)
     bsr_decode(const __grid_constant__ BsrParams w, const __grid_constant__ MatrixParams x,
                const __grid_constant__ OutputParams out) {
   const int units_of_block = (w.block_rows - 1) / kBsrDecodeRows + 1;
   const int units = ((out.n - 1) / w.block_rows + 1) * units_of_block;
   const int64_t all = units * ((out.m + kTokens - 1) / kTokens);
 #pragma unroll 1
-  for (int64_t at = int64_t{ptx::block_index()} * kDecodeWarps + ptx::thread_index() / 32; at < all;
-       at += int64_t{ptx::block_count()} * kDecodeWarps) {
+  for (int64_t at = int64_t{ptx::block_index()} * kBsrDecodeWarps + ptx::thread_index() / 32;
+       at < all; at += int64_t{ptx::block_count()} * kBsrDecodeWarps) {
     const int unit = int(at % units);
     bsr_decode_rows<T, kTokens>(w, x, out, unit / units_of_block,
                                 unit % units_of_block * kBsrDecodeRows, at / units * kTokens);

@@ -283,9 +283,9 @@ struct BsrDecodeKernel {
     const int64_t units = ceil_div(call.n, int64_t{p.block_rows}) *
                           ceil_div(int64_t{p.block_rows}, int64_t{kBsrDecodeRows}) *
                           ceil_div(call.m, int64_t{kTokens});
-    const int64_t blocks = ceil_div(units, int64_t{kDecodeWarps});
-    bsr_decode<T, kTokens><<<unsigned(std::min<int64_t>(blocks, 0x7fffffff)), kDecodeThreads, 0,
-                             static_cast<cudaStream_t>(call.stream)>>>(
+    const int64_t blocks = ceil_div(units, int64_t{kBsrDecodeWarps});
+    bsr_decode<T, kTokens><<<unsigned(std::min<int64_t>(blocks, 0x7fffffff)), 32 * kBsrDecodeWarps,
+                             0, static_cast<cudaStream_t>(call.stream)>>>(
         weight_params<BsrParams>(call), matrix_params(call), output_params(call, 0, call.m));
   }
 };

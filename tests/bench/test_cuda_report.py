@@ -3,7 +3,7 @@
 import pytest
 
 import sparsekit as sk
-from bench.cuda_report import Code, Tile, faults, kernel_name, table, tiles
+from bench.cuda_report import Code, Tile, cores_table, faults, kernel_name, table, tiles
 
 
 def test_tiles_are_those_of_the_registry() -> None:
@@ -40,6 +40,19 @@ def test_names() -> None:
         conv2d = mangled.format("4BF16", kind, "11PixelCopier")
         assert kernel_name(conv2d) == f"conv2d_{format} bf16 64x16"
     assert kernel_name("_ZN2sk14sp_pack_kernel") == "_ZN2sk14sp_pack_kernel"
+    tile = "_ZN2sk4cuda5coresINS0_9CoresTileI{}Li64ELi32ELi4ELi4EEENS0_{}IS4_EENS0_{}IS3_EEEEv"
+    assert (
+        kernel_name(tile.format("NS0_3F32E", "7NmCores", "7MatrixX")) == "matmul_nm_cores f32 64x32"
+    )
+    assert (
+        kernel_name(tile.format("NS_3ptx4BF16E", "8BsrCores", "6PixelX"))
+        == "conv2d_bsr_cores bf16 64x32"
+    )
+    few = "_ZN2sk4cuda9nm_decodeINS_3ptx3F16ELi8ELi4ELb{}EEEvNS0_8NmParamsE"
+    assert kernel_name(few.format(0)) == "matmul_nm_decode f16 8"
+    assert kernel_name(few.format(1)) == "matmul_nm_decode f16 8v"
+    bsr = "_ZN2sk4cuda10bsr_decodeINS0_3F32ELi4EEEvNS0_9BsrParamsE"
+    assert kernel_name(bsr) == "matmul_bsr_decode f32 4"
 
 
 def good(mma: str) -> Code:
@@ -57,6 +70,23 @@ def test_faults() -> None:
     for fault in ("16 bytes of stack and 8 of", "3 loads and stores of local", "no asynchronous"):
         assert fault in text
     assert "no loads of 16 bytes" in text
+
+
+def test_kernels_on_cuda_cores() -> None:
+    good = Code(100, 0, 0, {"FFMA": 64, "LDS.128": 4})
+    assert faults("matmul_nm_cores f32 64x32", "80", good) == []
+    assert faults("matmul_nm_decode f32 8", "80", Code(100, 0, 0, {"FFMA": 1})) == []
+    (fault,) = faults("matmul_nm_decode f32 8", "80", Code(100, 0, 0, {"HFMA2": 1}))
+    assert fault.endswith("no FFMA")
+    (fault,) = faults("conv2d_bsr_cores f32 64x128", "80", Code(100, 0, 0, {"FFMA": 1}))
+    assert fault.endswith("no loads of 16 bytes from shared memory")
+    (fault,) = faults("matmul_bsr_decode f32 8", "120", Code(128, 8, 0, {"FFMA": 1}))
+    assert "8 bytes of stack" in fault
+    found = {
+        ("matmul_nm_cores f32 64x32", "80"): good,
+        ("matmul_nm_cores f16 64x32", "80"): Code(90),
+    }
+    assert "| matmul_nm_cores | 64x32 | 100 |" in cores_table(found, ["80"])
 
 
 def test_the_table_has_a_line_for_each_tile() -> None:

@@ -56,12 +56,12 @@ template <class T_, int kTokens_>
 struct BsrFew {
   using T = T_;
   using Params = cuda::BsrParams;
-  static constexpr int64_t kRows = cuda::kDecodeWarps * cuda::kBsrDecodeRows, kTokens = kTokens_,
+  static constexpr int64_t kRows = cuda::kBsrDecodeWarps * cuda::kBsrDecodeRows, kTokens = kTokens_,
                            kColumns = 128;
   template <class Source>
   static simt::Statistics run(const Case& c, const Params& w, const cuda::MatrixParams& x,
                               const cuda::OutputParams& out) {
-    return launch("bsr_decode", c.blocks, cuda::kDecodeThreads, 0, c.order,
+    return launch("bsr_decode", c.blocks, 32 * cuda::kBsrDecodeWarps, 0, c.order,
                   cuda::bsr_decode<T, kTokens_>, w, x, out);
   }
 };
