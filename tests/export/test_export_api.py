@@ -171,8 +171,8 @@ def test_without_the_packages(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_old_torch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(ImportError, match=r"export: needs torch 2\.6 or later, this is 2\.5"):
+    monkeypatch.setattr(packages.torch, "__version__", "2.8.1+cpu")
+    with pytest.raises(ImportError, match=r"export: needs torch 2\.9 or later, this is 2\.8"):
         write(model(), randn(2, 32), path)
 
 

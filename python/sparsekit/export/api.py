@@ -72,7 +72,7 @@ def onnx(
         What was written; `print` it.
 
     Raises:
-        ImportError: the extra `onnx` is not installed, or torch is older than 2.6.
+        ImportError: the extra `onnx` is not installed, or torch is older than 2.9.
         ValueError: an argument that does not fit; a packed weight that is no constant of the model.
         NotImplementedError: weights="cuda" for a layer that no kernel on a GPU takes.
         OSError: the file cannot be written.

@@ -7,8 +7,8 @@ import importlib.util
 import torch
 
 _NEEDED = ("onnx", "onnxscript", "ml_dtypes")
-# The first whose exporter takes translations of other people's operators.
-_TORCH = (2, 6)
+# Earlier exporters drop the names of dynamic sizes, and those of modules on the way to opset 20.
+_TORCH = (2, 9)
 
 
 def require_onnx(what: str) -> None:

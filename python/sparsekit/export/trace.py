@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from onnx.defs import OpSchema
@@ -114,17 +114,16 @@ def _op(name: str) -> values.Op:
 _OPS = {name: _op(name) for name in _ATTRIBUTES}
 
 
-# The exporter reads these signatures: what has an annotation becomes an attribute. It knows
-# Optional[...] in every version, `... | None` in later ones only.
+# The exporter reads these signatures: what has an annotation becomes an attribute.
 def _linear(  # type: ignore[no-untyped-def]
     x,
     packed,
     n: int,
     bias=None,
-    activation: Optional[str] = None,  # noqa: UP045
+    activation: str | None = None,
     residual=None,
-    kernel_id: Optional[str] = None,  # noqa: UP045
-    header: Optional[Sequence[int]] = None,  # noqa: UP045
+    kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
 ) -> Any:
     return _OPS[LINEAR](x, packed, bias, residual, activation=activation or "", residual_first=0)
 
@@ -140,11 +139,11 @@ def _conv2d(  # type: ignore[no-untyped-def]
     groups: int,
     tap: int,
     bias=None,
-    activation: Optional[str] = None,  # noqa: UP045
+    activation: str | None = None,
     residual=None,
     residual_first: bool = False,
-    kernel_id: Optional[str] = None,  # noqa: UP045
-    header: Optional[Sequence[int]] = None,  # noqa: UP045
+    kernel_id: str | None = None,
+    header: Sequence[int] | None = None,
 ) -> Any:
     return _OPS[CONV2D](
         x,
