@@ -158,7 +158,7 @@ sanitize: $(VENV)/.tools
 tensorrt: $(VENV)/.tools
 	$(call CONFIGURE,tensorrt) -DSPARSEKIT_TENSORRT=ON '-DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR)' \
 	  '-DTENSORRT_INCLUDE_DIR_NEWER=$(TENSORRT_INCLUDE_DIR_NEWER)'
-	cmake --build build/tensorrt --target tests/tensorrt/all
+	cmake --build build/tensorrt --target tests/plugin/all
 	ctest --test-dir build/tensorrt --output-on-failure -R '^tensorrt_'
 ifneq ($(TENSORRT_PYTHON),)
 	SPARSEKIT_TENSORRT_LIBRARY=$(abspath build/tensorrt/libsparsekit_tensorrt.so) \

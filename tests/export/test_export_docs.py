@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from export_cases import conv, linear, randn
+from export_cases import conv, evaluate, linear, randn
 from torch import nn
 
 PAGE = Path(__file__).parents[2] / "docs" / "onnx.md"
@@ -22,7 +22,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(4, 8, 5, 5)
     names = {"model": model, "x": x, "batches": [x, 2 * x]}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.S | re.M)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
     with torch.no_grad():
@@ -32,3 +32,5 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert (torch.from_numpy(y) - expected).norm() < tolerance * expected.norm()
+    (quick,) = evaluate(tmp_path / "quick.onnx", x)
+    assert torch.equal(quick, expected)

@@ -34,9 +34,9 @@ def reference_ops() -> list[Any]:
         ImportError: the extra `onnx` is not installed.
     """
     require_onnx("reference_ops")
-    from sparsekit.export.reference import SparseConv2d, SparseLinear
+    from sparsekit.export.reference import SparseConv2d, SparseLinear, SparseLinearQuick
 
-    return [SparseLinear, SparseConv2d]
+    return [SparseLinear, SparseConv2d, SparseLinearQuick]
 
 
 def register_schemas() -> None:

@@ -58,7 +58,7 @@ def onnx(
         input_names: of the graph, in order.
         output_names: of the graph, in order.
         weights: "canonical" for weights that every machine reads, "cuda" for the packed format of
-            GPUs, which saves them a copy; those layers have to be float16 or bfloat16.
+            GPUs, which saves them a copy.
         dense: write sparse layers as MatMul and Conv with their zeros in place instead, for other
             engines.
         quantize: "int8", with `dense`: the inputs and the weights of sparse layers pass through

@@ -19,8 +19,9 @@ from sparsekit.patterns import MAX_BLOCK, NM, BlockSparse, Pattern
 DOMAIN = "sparsekit"
 VERSION = 1
 LINEAR, CONV2D = "SparseLinear", "SparseConv2d"
+QUICK = "SparseLinearQuick"  # see quick.py
 CANONICAL = "canonical"
-FORMATS = (CANONICAL, "nm_mma_sp", "bsr_mma")
+FORMATS = (CANONICAL, "nm_mma_sp", "bsr_mma", "nm", "bsr")
 MAX_INT = 2**31 - 1
 
 _DTYPES = {code: dtype for dtype, code in _native.DTYPES.items()}

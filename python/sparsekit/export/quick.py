@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from sparsekit import _native
+from sparsekit.export.nodes import CANONICAL, DOMAIN, LINEAR, QUICK
 from sparsekit.patterns import NM
 
-OP_TYPE, QUICK_OP_TYPE, DOMAIN = "SparseLinear", "SparseLinearQuick", "sparsekit"
 MINIMUM = (10, 9)
 
 # Shared memory of every kernel, kQuickSharedBytes.
@@ -52,14 +52,14 @@ def rewrite(model: Any) -> list[str]:
 
     turned = []
     for node in model.graph.node:
-        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+        if (node.domain, node.op_type) != (DOMAIN, LINEAR):
             continue
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         nm = attributes["pattern"][0] == 0
         residual = len(node.input) > 2 and node.input[2] != ""
-        if not nm or attributes["format"] != b"canonical" or residual:
+        if not nm or attributes["format"] != CANONICAL.encode() or residual:
             continue
-        node.op_type = QUICK_OP_TYPE
+        node.op_type = QUICK
         del node.input[2:]
         node.attribute.append(helper.make_attribute("aot", 1))
         turned.append(node.name)
@@ -167,7 +167,7 @@ def _register() -> None:
     import tensorrt as trt
     import tensorrt.plugin as trtp
 
-    plugin = f"{DOMAIN}::{QUICK_OP_TYPE}"
+    plugin = f"{DOMAIN}::{QUICK}"
     types = {
         trt.DataType.FLOAT: torch.float32,
         trt.DataType.HALF: torch.float16,

@@ -17,6 +17,7 @@ from sparsekit.export.nodes import (
     DOMAIN,
     LINEAR,
     LINEAR_ATTRIBUTES,
+    QUICK,
     VERSION,
     SparseNode,
 )
@@ -43,13 +44,14 @@ def register() -> None:
     An ONNX older than 1.17 takes no inference from Python; it then keeps the shapes that a file has
     and infers none.
     """
-    for name, attributes, infer in (
-        (LINEAR, LINEAR_ATTRIBUTES, _linear_shape),
-        (CONV2D, CONV_ATTRIBUTES, _conv2d_shape),
+    for name, attributes, read_as, infer in (
+        (LINEAR, LINEAR_ATTRIBUTES, LINEAR, _linear_shape),
+        (CONV2D, CONV_ATTRIBUTES, CONV2D, _conv2d_shape),
+        (QUICK, {**LINEAR_ATTRIBUTES, "aot": int}, LINEAR, _linear_shape),
     ):
         schema = _schema(name, attributes)
         if hasattr(schema, "set_type_and_shape_inference_function"):
-            schema.set_type_and_shape_inference_function(functools.partial(_infer, name, infer))
+            schema.set_type_and_shape_inference_function(functools.partial(_infer, read_as, infer))
         onnx.defs.register_schema(schema)
 
 
