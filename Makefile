@@ -118,7 +118,7 @@ $(VENV)/peers/%/.done: $(VENV)/.tools
 test: test-cpp test-python
 
 test-python: $(VENV)/.extra-test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(TEST_ARGS)
 
 CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
 CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON \

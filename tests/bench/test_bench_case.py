@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_one_case_from_the_command_to_the_report(tmp_path: Path) -> None:
     command += [f"--benchmark-json={file}", "--seconds=0", "--threads=1"]
     command += ["-k", "resnet-50.layer4.conv3-m49-2:4v4-f32"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    # A worker of pytest-xdist would tell its children that they are workers, too, which do not measure.
+    alone = {name: os.environ[name] for name in os.environ if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = report.read(file)
     (row,) = run.rows

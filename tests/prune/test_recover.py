@@ -37,6 +37,18 @@ def pair():
     return student, teacher, masks
 
 
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+def absolute(student, teacher):
+    return (student - teacher).abs().mean()
+
+
+def spelled(options):
+    return ", ".join(f"{name}={getattr(o, '__name__', o)}" for name, o in options.items())
+
+
 def distance(student, teacher):
     student.eval(), teacher.eval()
     with torch.no_grad():
@@ -50,14 +62,14 @@ def distance(student, teacher):
         {"hidden": "body.*"},
         {"hidden": ["body.0", "re:body\\.[12]"], "output_weight": 0.0},
         {"output_loss": "cosine", "hidden": "body.*"},
-        {"output_loss": lambda s, t: (s - t).abs().mean()},
+        {"output_loss": absolute},
         {"autocast": torch.bfloat16, "hidden": "body.*"},
         {"autocast": "auto"},
-        {"optimizer": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "lr": 0.1},
+        {"optimizer": sgd, "lr": 0.1},
         {"max_seconds": 60.0},
         {"train": "*"},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_the_student_comes_closer_and_its_zeros_stay(pair, options):
     student, teacher, masks = pair
