@@ -82,7 +82,7 @@ def test_one_case_from_the_command_to_the_report(tmp_path: Path) -> None:
     command += [f"--benchmark-json={file}", "--seconds=0", "--threads=1"]
     command += ["-k", "resnet-50.layer4.conv3-m49-2:4v4-f32"]
     root = Path(__file__).parents[2]
-    # A worker of pytest-xdist would tell its children that they are workers, too, which do not measure.
+    # A worker of pytest-xdist must not make the benchmark another: those do not measure.
     alone = {name: os.environ[name] for name in os.environ if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
