@@ -115,9 +115,15 @@ class SparseLinearQuick(SparseLinear):
     """The node of this name: SparseLinear for another kernel."""
 
     def _run(
-        self, x: Array, weight: Array, *, aot: int | None = None, **attributes: Any
+        self,
+        x: Array,
+        weight: Array,
+        residual: Array | None = None,
+        *,
+        aot: int | None = None,
+        **attributes: Any,
     ) -> tuple[Array]:
-        return super()._run(x, weight, None, **attributes)
+        return super()._run(x, weight, residual, **attributes)
 
 
 class SparseConv2d(_SparseOp):
