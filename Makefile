@@ -177,7 +177,7 @@ $(VENV)/.cuda-tools: $(VENV)/.tools
 	$(PIP) install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
-CPP_FILES = $(shell git ls-files 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh')
+CPP_FILES = $(shell git ls-files 'docs/examples/*.cc' 'csrc/*.cc' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cc' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh')
 
 lint: $(VENV)/.extra-lint
 	$(BIN)/ruff check .
