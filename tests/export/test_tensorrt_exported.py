@@ -22,7 +22,6 @@ from export_cases import (
     attributes,
     conv,
     linear,
-    packed,
     randn,
     sparse_nodes,
     write,
@@ -64,14 +63,10 @@ class Layer:
 
     def sums(self, x: Tensor, size: bool = False) -> Tensor:
         """`x · Wᵀ + bias` in float64; `size`: of all magnitudes."""
-        x, weight, bias = (
-            None
-            if each is None
-            else each.detach().double().abs()
-            if size
-            else each.detach().double()
-            for each in (x, self.weight, self.bias)
-        )
+        parts = [
+            None if part is None else part.detach().double() for part in (x, self.weight, self.bias)
+        ]
+        x, weight, bias = (part if part is None or not size else part.abs() for part in parts)
         if weight.dim() == 2:
             return functional.linear(x, weight, bias)
         if weight.dim() == 3:  # a node knows images only
@@ -256,30 +251,36 @@ def test_a_block_of_a_converted_network(weights: str, program: list[str], tmp_pa
 
 
 class Functions(nn.Module):
-    def __init__(self, dtype: torch.dtype, first: bool) -> None:
+    def __init__(self, dtype: torch.dtype, first: bool | None) -> None:
         super().__init__()
-        self.weight, self.first = packed(32, 32, "2:4", dtype), first
+        shape = (32, 32) if first is None else (32, 32, 3, 3)
+        self.weight, self.first = sk.pack(randn(*shape, dtype=dtype), "2:4"), first
         self.bias = nn.Buffer(randn(32, dtype=dtype, seed=1))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        return sk.linear(x, weight, bias, "silu", residual=x, residual_first=self.first)
+        if self.first is None:
+            return sk.linear(x, weight, bias, "silu", residual=x)
+        return sk.conv2d(
+            x, weight, bias, padding=1, activation="silu", residual=x, residual_first=self.first
+        )
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_functions_with_a_residual(
-    dtype: torch.dtype, first: bool, program: list[str], tmp_path: Path
+    dtype: torch.dtype, first: bool | None, program: list[str], tmp_path: Path
 ) -> None:
     model = Functions(dtype, first)
-    layer = Layer(model.weight.to_dense(), model.bias, "silu", first)
-    x = randn(70, 32, dtype=dtype)
-    check(program, tmp_path, model, layer, x, residual=lambda rows: rows)
+    dense = model.weight.to_dense()
+    layer = Layer(dense, model.bias, "silu", bool(first), {} if first is None else {"padding": 1})
+    x = randn(70, 32, dtype=dtype) if first is None else randn(2, 32, 5, 6, dtype=dtype)
+    check(program, tmp_path, model, layer, x, residual=lambda same: same)
 
 
 def test_the_program_tells_right_from_wrong(program: list[str], tmp_path: Path) -> None:
     model = linear(16, 32, "2:4", torch.float16)
     layer = of_linear(model)
     layer.bias = layer.bias + 2**-5
-    with pytest.raises(AssertionError, match=r"y\[0\] is .*, expected .* within 0\.00"):
+    with pytest.raises(AssertionError, match=r"y\[0\] is .*, expected .* within 0\.0"):
         check(program, tmp_path, model, layer, randn(4, 32, dtype=torch.float16))
