@@ -155,11 +155,19 @@ sanitize: $(VENV)/.tools
 	cmake --build build/tsan --target $(THREADED_TESTS)
 	ctest --test-dir build/tsan --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
-tensorrt: $(VENV)/.tools
+# Exported models go through the plugins where the environment has what exports them: make test-python or make dev.
+EXPORTER = $(firstword $(wildcard $(VENV)/.extra-test $(VENV)/.extra-dev))
+tensorrt: $(VENV)/.tools $(EXPORTER)
 	$(call CONFIGURE,tensorrt) -DSPARSEKIT_TENSORRT=ON '-DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR)' \
 	  '-DTENSORRT_INCLUDE_DIR_NEWER=$(TENSORRT_INCLUDE_DIR_NEWER)'
 	cmake --build build/tensorrt --target tests/plugin/all
 	ctest --test-dir build/tensorrt --output-on-failure -R '^tensorrt_'
+ifneq ($(EXPORTER),)
+	SPARSEKIT_TENSORRT_TESTS=$(abspath build/tensorrt/tests/plugin) \
+	  $(BIN)/python -m pytest tests/export/test_tensorrt_exported.py
+else
+	@echo 'tests/export/test_tensorrt_exported.py was not run: make test-python installs what it needs'
+endif
 ifneq ($(TENSORRT_PYTHON),)
 	SPARSEKIT_TENSORRT_LIBRARY=$(abspath build/tensorrt/libsparsekit_tensorrt.so) \
 	  $(TENSORRT_PYTHON) -m pytest --noconftest tests/export/test_tensorrt_registry.py

@@ -204,7 +204,7 @@ CUDA cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
   return call("cudaFuncSetAttribute", [](Machine&) { return cudaSuccess; });
 }
 
-// ---- the machine: two Orins, of which the second is a little larger -----------------------------------
+// ---- the machine: two Orins, of which the second is a little larger, and an older GPU ------------------
 
 CUDA cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;
@@ -223,8 +223,8 @@ CUDA cudaError_t cudaGetDeviceCount(int* count) {
 CUDA cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   return call("cudaGetDeviceProperties", [&](Machine&) {
     std::memset(p, 0, sizeof *p);
-    std::strcpy(p->name, "Stand-in Orin");
-    p->major = 8, p->minor = 7;
+    std::strcpy(p->name, "Stand-in GPU");
+    p->major = fake::kCapability[device] / 10, p->minor = fake::kCapability[device] % 10;
     p->multiProcessorCount = fake::kSms[device];
     p->sharedMemPerBlockOptin = 163 << 10;
     p->sharedMemPerMultiprocessor = 164 << 10;

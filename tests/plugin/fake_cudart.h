@@ -37,7 +37,8 @@ FAKE_API void set_capturing(bool capturing);
 // The next call of the function fails: "cudaMalloc", "cudaMemcpyAsync", "cudaMemsetAsync", ...
 FAKE_API void fail_next(const std::string& function);
 
-constexpr int kDevices = 2;
-constexpr int kSms[kDevices] = {16, 20};
+constexpr int kDevices = 3;
+constexpr int kSms[kDevices] = {16, 20, 20};
+constexpr int kCapability[kDevices] = {87, 87, 75};  // no kernel runs on the last
 
 }  // namespace fake

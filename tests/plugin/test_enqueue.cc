@@ -54,8 +54,48 @@ std::vector<Case> cases() {
     all.push_back({copied, {2, 36, 3, 3}});
     all.push_back({Layer::convolution(bsr(16, 16), dtype, 64, 12, {2, 1}, 2), {1, 24, 4, 3}});
   }
+  // On CUDA cores: few rows and many.
+  for (const sk_pattern& pattern : {nm(2, 4), nm(1, 4), nm(2, 4, 4), bsr(16, 16), bsr(4, 1)}) {
+    Layer layer = linear(pattern, SK_F32, 40, 96);
+    layer.bias = layer.residual = true;
+    all.push_back({layer, {5, 96}});
+    layer.residual_first = true, layer.activation = SK_ACTIVATION_RELU;
+    all.push_back({layer, {2, 35, 96}});
+    Layer odd = linear(pattern, SK_F32, 19, 70);  // rows of x and y on no multiple of 16 bytes
+    odd.bias = true, odd.activation = SK_ACTIVATION_SILU;
+    all.push_back({odd, {1, 70}});
+
+    Layer conv = Layer::convolution(pattern, SK_F32, 36, 12, {3, 3});  // 16 bytes: 4 channels
+    conv.pads = {1, 1, 1, 1}, conv.bias = conv.residual = true;
+    all.push_back({conv, {1, 12, 5, 6}});
+    Layer few = Layer::convolution(pattern, SK_F32, 18, 6, {1, 3});  // pixels are not padded
+    few.dilations = {1, 2}, few.bias = few.residual = true;
+    all.push_back({few, {2, 6, 3, 9}});
+    all.push_back({Layer::convolution(pattern, SK_F32, 32, 12, {3, 3}, 2), {1, 24, 4, 4}});
+    Layer copied = Layer::convolution(pattern, SK_F32, 48, 6, {1, 1}, 3);
+    copied.bias = copied.residual = true;
+    all.push_back({copied, {2, 18, 3, 3}});
+  }
+  for (const int32_t dtype : {SK_F16, SK_BF16}) {
+    Layer layer = linear(nm(1, 4), dtype, 40, 90);
+    layer.bias = layer.residual = true;
+    all.push_back({layer, {5, 90}});
+    all.push_back({layer, {70, 90}});
+    Layer blocks = linear(bsr(4, 1), dtype, 24, 64);
+    all.push_back({blocks, {6, 64}});
+    Layer conv = Layer::convolution(nm(1, 4), dtype, 40, 10, {3, 3}, 2);
+    conv.bias = conv.residual = true, conv.pads = {1, 1, 1, 1};
+    all.push_back({conv, {1, 20, 4, 5}});
+    // Packed for the cores, though the tensor cores could.
+    for (const sk_pattern& pattern : {nm(2, 4), bsr(16, 16)}) {
+      Layer simple = linear(pattern, dtype, 32, 64);
+      simple.format = pattern.family == SK_FAMILY_NM ? "nm" : "bsr";
+      all.push_back({simple, {9, 64}});
+    }
+  }
   const size_t count = all.size();  // and each with a weight that is packed already
   for (size_t i = 0; i < count; ++i) {
+    if (all[i].layer.format != "canonical") continue;
     Case packed = all[i];
     packed.layer.format = gpu_format(packed.layer);
     all.push_back(packed);
@@ -89,7 +129,7 @@ void test_shapes(const Library& library) {
   Random random(6);
   Layer layer;
   layer.bias = true;
-  for (const std::string format : {"canonical", "nm_mma_sp"}) {
+  for (const std::string format : {"canonical", "nm_mma_sp", "nm"}) {
     context = "shapes " + format;
     layer.format = format;
     const LayerWeight weight(layer, Fill::kIntegers, random);
@@ -146,9 +186,13 @@ void test_threads(const Library& library) {
 // Every tactic, at the m it was timed with and where it is ignored.
 void test_tactics(const Library& library) {
   Random random(8);
-  for (const sk_pattern& pattern : {nm(2, 4), bsr(64, 16)}) {
+  for (const auto& [pattern, dtype] : {std::pair{nm(2, 4), SK_F16},
+                                       {bsr(64, 16), SK_F16},
+                                       {nm(2, 4), SK_F32},
+                                       {bsr(16, 16), SK_F32},
+                                       {nm(1, 4), SK_BF16}}) {
     Layer layer;
-    layer.pattern = pattern, layer.n = 128;
+    layer.pattern = pattern, layer.dtype = dtype, layer.n = 128;
     context = "tactics of " + layer.describe();
     const LayerWeight weight(layer, Fill::kIntegers, random);
     const GpuBytes constant(weight.bytes);

@@ -84,6 +84,14 @@ std::vector<Layer> layers() {
   Layer blocks;
   blocks.pattern = bsr(32, 16), blocks.n = 70, blocks.k = 100;
   all.push_back(blocks);
+  blocks.pattern = bsr(4, 1), blocks.dtype = SK_F32;
+  all.push_back(blocks);
+  Layer one = small_layer();
+  one.pattern = nm(3, 4);
+  all.push_back(one);
+  Layer conv = Layer::convolution(nm(2, 4), SK_F32, 64, 16, {1, 3}, 2);
+  conv.bias = true;
+  all.push_back(conv);
   return all;
 }
 std::vector<int64_t> x_of(const Layer& layer) {
@@ -183,9 +191,10 @@ void test_unwritten(const Library& library) {
       CHECK(messages[0].second.find("replaced by zeros for timing") != std::string::npos);
       // y is that of a weight of zeros.
       const auto y = scene.call.y();
-      const int64_t stride = given.n + (given.conv ? (8 - given.n % 8) % 8 : 0);
+      const bool padded = given.layout() == TensorFormat::kHWC8;
+      const int64_t stride = given.n + (padded ? (8 - given.n % 8) % 8 : 0);
       CHECK(std::count(y.begin(), y.end(), 0) == int64_t(y.size()) &&
-            int64_t(y.size()) == scene.call.m() * stride * 2);
+            int64_t(y.size()) == scene.call.m() * stride * dtype_bytes(given.dtype));
       // A later one has the weight.
       scene.constant.write(scene.weight.bytes);
       const Plugin later = build.attach();
@@ -293,6 +302,14 @@ void test_devices(const Library& library) {
     scene.plugin.reset();
     CHECK(count_pieces(1) == before);
   }
+  context = "a GPU without kernels";
+  CHECK_CUDA(cudaSetDevice(2));
+  const Layer layer = small_layer();
+  const Plugin build = Plugin::create(library, layer.op(), layer.fields());
+  DynamicPluginTensorDesc x[4]{};
+  x[0].desc = tensor(layer.type(), layer.layout(), {6, 64});
+  CHECK(!build.build().supportsFormatCombination(0, x, 2, 1));
+  check_message(kErrorLevel, "pack: no kernel on a GPU takes 2:4 in f16:");
   CHECK_CUDA(cudaSetDevice(0));
 }
 
