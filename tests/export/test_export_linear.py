@@ -306,7 +306,8 @@ def test_a_model_that_is_the_layer(path: Path) -> None:
 def test_a_model_without_sparse_layers(path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8)), randn(2, 8)
     report = write(model, x, path)
-    assert str(report) == f"{path}: 0 sparse layers, {report.nbytes / 1e6:.2f} MB"
+    size = f"{report.nbytes / 1e6:.2f} MB"
+    assert str(report) == f"input input: float [2, 8]\n{path}: 0 sparse layers, {size}"
     assert [each.domain for each in onnx.load(path).opset_import] == [""]
 
 

@@ -191,4 +191,8 @@ def _write(model: ir.Model, path: Path, rows: list[ExportRow], absent: list[str]
         ir.save(model, part, external_data=beside and beside.name)
         checking.checker.check_model(str(part), full_check=True)
         nbytes = sum(file.stat().st_size for file in scratch.iterdir())
-    return ExportReport(path, nbytes, beside, rows, absent)
+    inputs = [
+        f"{value.name}: {str(value.dtype).lower()} [{', '.join(map(str, value.shape or ()))}]"
+        for value in model.graph.inputs
+    ]
+    return ExportReport(path, nbytes, beside, rows, absent, inputs)

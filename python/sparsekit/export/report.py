@@ -66,6 +66,7 @@ class ExportReport:
         external_data: the file beside it that holds its constants, or None.
         rows: one for each call of a sparse layer, in the graph's order.
         absent: sparse modules of the model that the graph does not call.
+        inputs: of the graph, each as `"name: float16 [batch, 3, 224, 224]"`.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class ExportReport:
     external_data: Path | None
     rows: list[ExportRow]
     absent: list[str]
+    inputs: list[str]
 
     def __str__(self) -> str:
         head = ("layer", "node", "pattern", "dtype", "format", "MB", "epilogue")
@@ -92,5 +94,6 @@ class ExportReport:
         where = "" if self.external_data is None else f" with {self.external_data.name}"
         lines = [table(head, rows)] if rows else []
         lines += [f"not called by the graph: {name}" for name in self.absent]
+        lines += [f"input {each}" for each in self.inputs]
         lines.append(f"{self.path}{where}: {len(rows)} sparse layers, {self.nbytes / 1e6:.2f} MB")
         return "\n".join(lines)
