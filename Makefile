@@ -41,6 +41,7 @@ OUT        ?= build/gpu
 MODELS_ARGS ?=
 # GPUs that development builds compile for: native, a list such as "80;90", or all (minutes). Wheels get all.
 CUDA_ARCHITECTURES ?= 80
+WHEEL_ARCHITECTURES ?= all
 PEERS_PYTHON ?= python3.11
 # Folders of NvInferRuntime.h: of the oldest TensorRT to serve, and of a newer one whose programs shall call the same
 # library. A Python that has pytest and tensorrt or tensorrt_lean loads the library into its registry.
@@ -120,7 +121,7 @@ test: test-cpp test-python
 test-python: $(VENV)/.extra-test
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(TEST_ARGS)
 
-CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure
+CTEST = cmake --build build/$(1) && ctest --test-dir build/$(1) --output-on-failure --parallel 2
 CONFIGURE = cmake -G Ninja -S . -B build/$(1) -DSPARSEKIT_BUILD_TESTS=ON -DSPARSEKIT_WERROR=ON \
   '-DSPARSEKIT_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)'
 
@@ -136,7 +137,7 @@ simt: $(VENV)/.tools
 # every kernel with its reference, those for NEON too; the second one looks at the choice among them.
 test-aarch64: $(VENV)/.tools aarch64-tools
 	$(call CONFIGURE,aarch64) --toolchain cmake/aarch64-linux-gnu.cmake
-	$(call CTEST,aarch64) --parallel 2
+	$(call CTEST,aarch64)
 	SPARSEKIT_ISA=neon ctest --test-dir build/aarch64 --output-on-failure --parallel 2 -R 'test_(errors|example|registry|threads)'
 
 AARCH64_PACKAGES = g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
@@ -153,7 +154,7 @@ sanitize: $(VENV)/.tools
 	$(call CTEST,asan)
 	$(call CONFIGURE,tsan) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPARSEKIT_SANITIZE=thread
 	cmake --build build/tsan --target $(THREADED_TESTS)
-	ctest --test-dir build/tsan --output-on-failure -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
+	ctest --test-dir build/tsan --output-on-failure --parallel 2 -R '^($(subst $(space),|,$(THREADED_TESTS)))$$'
 
 # Exported models go through the plugins where the environment has what exports them: make test-python or make dev.
 EXPORTER = $(firstword $(wildcard $(VENV)/.extra-test $(VENV)/.extra-dev))
@@ -161,7 +162,7 @@ tensorrt: $(VENV)/.tools $(EXPORTER)
 	$(call CONFIGURE,tensorrt) -DSPARSEKIT_TENSORRT=ON '-DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR)' \
 	  '-DTENSORRT_INCLUDE_DIR_NEWER=$(TENSORRT_INCLUDE_DIR_NEWER)'
 	cmake --build build/tensorrt --target tests/plugin/all
-	ctest --test-dir build/tensorrt --output-on-failure -R '^tensorrt_'
+	ctest --test-dir build/tensorrt --output-on-failure --parallel 2 -R '^tensorrt_'
 ifneq ($(EXPORTER),)
 	SPARSEKIT_TENSORRT_TESTS=$(abspath build/tensorrt/tests/plugin) \
 	  $(BIN)/python -m pytest tests/export/test_tensorrt_exported.py
@@ -211,7 +212,7 @@ docs: $(VENV)/.extra-docs
 WHEEL_CHECK ?=
 wheel: $(VENV)/.tools
 	rm -rf dist
-	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,all) --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation $(call CUDA_FOR,$(WHEEL_ARCHITECTURES)) --wheel-dir dist .
 	$(BIN)/python .ci/check_wheel.py $(WHEEL_CHECK) dist/*.whl
 
 sdist: $(VENV)/.tools
@@ -235,7 +236,7 @@ cross-aarch64: $(VENV)/.tools aarch64-tools build/aarch64-toolkit/.done
 	$(call CONFIGURE,aarch64-cuda) --toolchain cmake/aarch64-linux-gnu.cmake -DSPARSEKIT_CUDA=ON \
 	  '-DSPARSEKIT_CUDA_ARCHITECTURES=$(JETSON_ARCHITECTURES)' -DCMAKE_CUDA_COMPILER=$(AARCH64_NVCC) \
 	  $(if $(TENSORRT_INCLUDE_DIR),-DSPARSEKIT_TENSORRT=ON -DTENSORRT_INCLUDE_DIR=$(TENSORRT_INCLUDE_DIR))
-	$(call CTEST,aarch64-cuda) --parallel 2 -E '(simt|emulated|stand_in|test_(matmul|conv2d|fuzz|threads))'
+	$(call CTEST,aarch64-cuda) -E '(simt|emulated|stand_in|test_(matmul|conv2d|fuzz|threads))'
 	rm -rf build/$(AARCH64_TREE)
 	cmake --install build/aarch64-cuda --prefix build/$(AARCH64_TREE)
 	cp LICENSE build/$(AARCH64_TREE)/
