@@ -44,7 +44,7 @@ CUDA_ARCHITECTURES ?= 80
 WHEEL_ARCHITECTURES ?= all
 PEERS_PYTHON ?= python3.11
 # Folders of NvInferRuntime.h: of the oldest TensorRT to serve, and of a newer one whose programs shall call the same
-# library. A Python that has pytest and tensorrt or tensorrt_lean loads the library into its registry.
+# library. Another Python that has pytest and tensorrt or tensorrt_lean loads the library into its registry, too.
 TENSORRT_INCLUDE_DIR ?=
 TENSORRT_INCLUDE_DIR_NEWER ?=
 TENSORRT_PYTHON ?=
@@ -165,9 +165,10 @@ tensorrt: $(VENV)/.tools $(EXPORTER)
 	ctest --test-dir build/tensorrt --output-on-failure --parallel 2 -R '^tensorrt_'
 ifneq ($(EXPORTER),)
 	SPARSEKIT_TENSORRT_TESTS=$(abspath build/tensorrt/tests/plugin) \
-	  $(BIN)/python -m pytest tests/export/test_tensorrt_exported.py
+	  SPARSEKIT_TENSORRT_LIBRARY=$(abspath build/tensorrt/libsparsekit_tensorrt.so) \
+	  $(BIN)/python -m pytest tests/export/test_tensorrt_exported.py tests/export/test_tensorrt_registry.py
 else
-	@echo 'tests/export/test_tensorrt_exported.py was not run: make test-python installs what it needs'
+	@echo 'exported models and the registry of TensorRT were not tried: make test-python installs what that needs'
 endif
 ifneq ($(TENSORRT_PYTHON),)
 	SPARSEKIT_TENSORRT_LIBRARY=$(abspath build/tensorrt/libsparsekit_tensorrt.so) \
