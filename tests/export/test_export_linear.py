@@ -356,5 +356,5 @@ def test_the_report_is_a_table(path: Path) -> None:
     lines = str(write(model, randn(2, 16), path)).splitlines()
     assert lines[0].split() == ["layer", "node", "pattern", "dtype", "format", "MB", "epilogue"]
     assert lines[2].split() == ["0", "SparseLinear", "2:4", "float32", "canonical", "0.001", "gelu"]
-    assert lines[3] == "input input: float [2, 32]"
+    assert lines[3] == "input input: float [2, 16]"
     assert lines[4].startswith(f"{path}: 1 sparse layers, 0.0")
