@@ -121,6 +121,21 @@ struct CoresShare {
   SK_DEVICE static bool there(int item) { return kChunks % kStep == 0 || chunk(item) < kChunks; }
   // Where column `column` of the thread's line stands in a slot.
   SK_DEVICE static uint32_t place(int column) { return uint32_t((column * kLines + line()) * 4); }
+  // What was fetched, as float, into a slot.
+  template <class E>
+  SK_DEVICE static void put(const typename E::Quad (&raw)[kItems][2], uint32_t slot) {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (!there(i)) break;
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        float v[4];
+        E::unpack(raw[i][q], v);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ptx::store_shared(slot + place(chunk(i) * 8 + 4 * q + j), v[j]);
+      }
+    }
+  }
 };
 
 // x of a stage: whatever columns Weights names, of the tokens that Source finds.
@@ -152,20 +167,7 @@ class CoresX {
     }
   }
 
-  SK_DEVICE void put(uint32_t slot) const {
-#pragma unroll
-    for (int i = 0; i < Share::kItems; ++i) {
-      if (!Share::there(i)) break;
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        float v[4];
-        E::unpack(raw_[i][q], v);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          ptx::store_shared(slot + Share::place(Share::chunk(i) * 8 + 4 * q + j), v[j]);
-      }
-    }
-  }
+  SK_DEVICE void put(uint32_t slot) const { Share::template put<E>(raw_, slot); }
 
  private:
   Source source_;

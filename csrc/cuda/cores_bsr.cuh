@@ -108,20 +108,7 @@ class BsrCores {
     }
   }
 
-  SK_DEVICE void put(uint32_t at, int /*stage*/) const {
-#pragma unroll
-    for (int i = 0; i < Share::kItems; ++i) {
-      if (!Share::there(i)) break;
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        float v[4];
-        E::unpack(raw_[i][q], v);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          ptx::store_shared(at + Share::place(Share::chunk(i) * 8 + 4 * q + j), v[j]);
-      }
-    }
-  }
+  SK_DEVICE void put(uint32_t at, int /*stage*/) const { Share::template put<E>(raw_, at); }
 
  private:
   SK_DEVICE static int tiles_of_block(const Params& p) {
