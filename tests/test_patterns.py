@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsekit import NM, BlockSparse, Pattern, parse_pattern
 from sparsekit.patterns import (
+    at_density,
     detect_pattern,
     match,
     require_match,
@@ -362,3 +363,26 @@ def test_detect_of_all_zeros_is_a_block_pattern() -> None:
     assert found is not None
     assert math.isclose(found.sparsity, 1.0)
     assert found.fits(torch.zeros(64, 64, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "density", "expected"),
+    [
+        ("2:4", 0.25, "1:4"),
+        ("2:4", 0.0, "1:4"),
+        ("2:4v4", 0.625, "3:4v4"),
+        ("4:8", 0.99, None),
+        ("2:4", 1.0, None),
+        ("bsr4x4@0.5", 0.3, "bsr4x4@0.7"),
+        ("bsr4x4@0.5", 1.0, None),
+    ],
+)
+def test_a_pattern_at_another_density(spelling, density, expected):
+    found = at_density(parse_pattern(spelling), density)
+    assert (None if found is None else str(found)) == expected
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, float("nan")])
+def test_a_density_outside_0_to_1_is_refused(density):
+    with pytest.raises(ValueError, match="density must be from 0 to 1"):
+        at_density(NM(2, 4), density)

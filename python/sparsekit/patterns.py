@@ -8,10 +8,11 @@ used in files, reports and on the command line; `parse_pattern` reads it back.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -333,6 +334,30 @@ def parse_pattern(pattern: PatternLike) -> Pattern:
         f"pattern: expected a Pattern or a spelling such as '2:4', '2:4v4', '1:4' or "
         f"'bsr16x16@0.75', got {pattern!r}"
     )
+
+
+def at_density(pattern: Pattern, density: float) -> Pattern | None:
+    """The pattern of the same kind that keeps another fraction of the values.
+
+    Args:
+        pattern: blocks take any density. N:M keeps the `n` nearest to `density · m`, at least 1,
+            of equally near ones the larger.
+        density: fraction kept, 0 to 1.
+
+    Returns:
+        The pattern, or None where everything is kept: the layer stays dense.
+
+    Raises:
+        ValueError: the density is not from 0 to 1.
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"at_density: density must be from 0 to 1, got {density}")
+    if isinstance(pattern, NM):
+        n = max(1, math.floor(density * pattern.m + 0.5))
+        return None if n == pattern.m else replace(pattern, n=n)
+    if isinstance(pattern, BlockSparse):
+        return None if density == 1.0 else replace(pattern, sparsity=1.0 - density)
+    raise ValueError(f"at_density: expected an N:M or block pattern, got {pattern}")
 
 
 # --- choosing modules -------------------------------------------------------------------------

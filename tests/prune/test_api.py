@@ -316,3 +316,15 @@ def test_progress_is_shown_only_when_asked(capsys):
 
 def test_every_reconstruction_is_known_by_name():
     assert set(RECONSTRUCTIONS) >= {"none", "sweep", "least_squares"}
+
+
+def test_a_loss_runs_the_model_on_batches_of_any_kind():
+    labelled = [(x, torch.zeros(len(x), dtype=torch.long)) for x in batches_of()]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    by_loss, plain = small(), small()
+    prune(by_loss, "2:4", "sparsegpt", calibration=labelled, loss=loss, progress=False)
+    prune(plain, "2:4", "sparsegpt", calibration=batches_of(), progress=False)
+    assert torch.equal(by_loss[2].weight, plain[2].weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
-from sparsekit.prune.calibration import CACHE_BYTES, Calibration, read_batches
+from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import METHODS
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
+    Reconstruction,
     ReconstructionOptions,
     reconstruct,
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scores import Score
 from sparsekit.prune.targets import choose_layers
 
 
@@ -39,6 +41,7 @@ def prune(
     dampening: float = 0.01,
     cache_bytes: int = CACHE_BYTES,
     pixels: int = PIXELS,
+    loss: Loss | None = None,
 ) -> PruneReport:
     """Prune the linear layers and convolutions of a model in place.
 
@@ -72,6 +75,9 @@ def prune(
         cache_bytes: most memory for outputs of finished blocks, which spares recomputing them.
         pixels: most output pixels of a convolution that count in one batch; of more, this many are
             drawn evenly, the same ones every time.
+        loss: `(model, batch) -> scalar`, called with each batch as `calibration` gave it. With it,
+            batches may be anything, pairs of inputs and labels for instance, and the model is run
+            by it alone.
 
     Returns:
         What was done to each layer, with the masks.
@@ -95,55 +101,79 @@ def prune(
     if pixels < 1:
         raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
-    batches = None if calibration is None else read_batches(calibration)
+    batches = None if calibration is None else read_batches(calibration, loss=loss)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
         _check_weight(layer)
+    patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
+    layers = [layer for layer, _ in chosen.values()]
+    run = _Run(patterns, chosen_method.score, solve, options)
+    with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
-    done: list[PrunedLayer] = []
-    masks: dict[str, Tensor] = {}
+        def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
+            for layer in group:
+                bar.set_postfix_str(layer.name, refresh=False)
+                run.prune(layer, moments)
+                bar.update()
 
-    def prune_layer(layer: Layer, moments: Tensor | None) -> None:
-        wanted = chosen[layer.name][1]
+        if batches is None:
+            apply(layers, None)
+        else:
+            for layer in _calibrated(
+                Calibration(model, batches, layers, cache_bytes, pixels), apply
+            ):
+                dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
+    left = [
+        _describe(layer_name, module.weight, None, reason=reason)
+        for layer_name, (module, reason) in dense.items()
+    ]
+    seconds = time.perf_counter() - started
+    return PruneReport(method, name, (*run.done, *left), run.masks, seconds)
+
+
+class _Run:
+    """The layers done so far."""
+
+    def __init__(
+        self,
+        patterns: Mapping[str, Pattern],
+        score: Score,
+        solve: Reconstruction,
+        options: ReconstructionOptions,
+    ) -> None:
+        self.done: list[PrunedLayer] = []
+        self.masks: dict[str, Tensor] = {}
+        self._patterns = patterns
+        self._score = score
+        self._solve = solve
+        self._options = options
+
+    def prune(self, layer: Layer, moments: Tensor | None) -> None:
+        """Prune one layer, with the second moments `[groups, k, k]` of its inputs or without."""
+        started = time.perf_counter()
+        wanted = self._patterns[layer.name]
         weight = layer.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         before = layer.matrices(weight.to(dtype, copy=True), wanted)
         if moments is not None:
             moments = layer.pad_moments(moments, wanted)
         try:
-            after, mask = reconstruct(solve, before, wanted, chosen_method.score, moments, options)
+            after, mask = reconstruct(
+                self._solve, before, wanted, self._score, moments, self._options
+            )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ValueError(
                 f"prune: the inputs of layer {layer.name!r} are too alike to invert their second "
-                f"moment with dampening={dampening}; raise it, or pass more calibration data"
+                f"moment with dampening={self._options.dampening}; raise it, or pass more "
+                "calibration data"
             ) from error
         weight.copy_(layer.from_matrices(after))
-        masks[layer.name] = layer.from_matrices(mask)
+        self.masks[layer.name] = layer.from_matrices(mask)
         lost = None
         if moments is not None:
             lost = relative_error(before, layer.matrices(weight.to(dtype), wanted), moments)
-        done.append(_describe(layer.name, weight, wanted, lost))
-
-    layers = [layer for layer, _ in chosen.values()]
-    with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
-
-        def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
-            for layer in group:
-                bar.set_postfix_str(layer.name, refresh=False)
-                prune_layer(layer, moments)
-                bar.update()
-
-        if batches is None:
-            apply(layers, None)
-        else:
-            run = Calibration(model, batches, layers, cache_bytes, pixels)
-            for layer in _calibrated(run, apply):
-                dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
-    done += [
-        _describe(layer_name, module.weight, None, None, reason)
-        for layer_name, (module, reason) in dense.items()
-    ]
-    return PruneReport(method, name, tuple(done), masks, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.done.append(_describe(layer.name, weight, wanted, lost, seconds=seconds))
 
 
 def _calibrated(
@@ -183,8 +213,14 @@ def _check_weight(layer: Layer) -> None:
 
 
 def _describe(
-    name: str, weight: Tensor, pattern: Pattern | None, error: float | None, reason: str = ""
+    name: str,
+    weight: Tensor,
+    pattern: Pattern | None,
+    error: float | None = None,
+    reason: str = "",
+    seconds: float = 0.0,
 ) -> PrunedLayer:
     zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
     shape = tuple(weight.shape)
-    return PrunedLayer(name, shape, None if pattern is None else str(pattern), zeros, error, reason)
+    spelling = None if pattern is None else str(pattern)
+    return PrunedLayer(name, shape, spelling, zeros, error, reason, seconds)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,22 @@ from sparsekit.prune.patches import PIXELS, geometry, patches
 CACHE_BYTES = 2 << 30
 
 
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""`(model, one batch as the caller gave it) -> scalar`; it runs the model itself."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model: positional and keyword arguments."""
+    """One call of the model: positional and keyword arguments, or what a loss makes of a batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    given: Any = None
+    loss: Loss | None = None
 
     def __call__(self, model: nn.Module) -> Any:
+        if self.loss is not None:
+            return self.loss(model, self.given)
         return model(*self.args, **self.kwargs)
 
     @property
@@ -52,13 +60,16 @@ class Batch:
         return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def read_batches(batches: Iterable[Any], what: str = "calibration") -> list[Batch]:
+def read_batches(
+    batches: Iterable[Any], what: str = "calibration", loss: Loss | None = None
+) -> list[Batch]:
     """Read an iterable of batches once, a generator as well.
 
     Args:
         batches: each a tensor (the one argument), a tuple or list (positional arguments) or a
-            mapping (keyword arguments).
+            mapping (keyword arguments); with a loss, whatever that takes.
         what: the argument's name, for errors.
+        loss: runs the model where one is given.
 
     Raises:
         ValueError: no batches, or something that is no batch.
@@ -69,7 +80,7 @@ def read_batches(batches: Iterable[Any], what: str = "calibration") -> list[Batc
             f"{what}: expected an iterable of batches, got one {kind}; "
             "pass [batch] if it is a single batch"
         )
-    out = [_read_batch(batch, index, what) for index, batch in enumerate(batches)]
+    out = [_read_batch(batch, index, what, loss) for index, batch in enumerate(batches)]
     if not out:
         raise ValueError(
             f"{what}: the iterable gave no batches; pass at least one (a generator that was "
@@ -78,7 +89,10 @@ def read_batches(batches: Iterable[Any], what: str = "calibration") -> list[Batc
     return out
 
 
-def _read_batch(batch: Any, index: int, what: str) -> Batch:
+def _read_batch(batch: Any, index: int, what: str, loss: Loss | None) -> Batch:
+    if loss is not None:
+        # A mapping may have an attention mask.
+        return Batch((), dict(batch) if isinstance(batch, Mapping) else {}, batch, loss)
     if isinstance(batch, Tensor):
         return Batch((batch,), {})
     if isinstance(batch, Mapping):
@@ -87,7 +101,7 @@ def _read_batch(batch: Any, index: int, what: str) -> Batch:
         return Batch(tuple(batch), {})
     raise ValueError(
         f"{what}: batch {index} is a {type(batch).__name__}; expected a tensor, a tuple or list of "
-        "arguments, or a mapping of keyword arguments"
+        "arguments, or a mapping of keyword arguments; loss= takes any other kind"
     )
 
 

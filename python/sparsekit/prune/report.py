@@ -24,6 +24,7 @@ class PrunedLayer:
         sparsity: fraction of zeros in the weight.
         error: ‖(W - W')X‖ / ‖WX‖ over the calibration inputs; None without calibration.
         reason: why it stayed dense, or what else is worth knowing.
+        seconds: time to choose its mask and values, without the calibration before it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PrunedLayer:
     sparsity: float
     error: float | None = None
     reason: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
