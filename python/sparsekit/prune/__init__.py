@@ -11,6 +11,7 @@ import sys
 import types
 
 from sparsekit.prune.api import prune
+from sparsekit.prune.batchnorm import update_batchnorm
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
@@ -33,6 +34,7 @@ __all__ = [
     "kept_share",
     "permute_channels",
     "prune",
+    "update_batchnorm",
 ]
 
 
