@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from bench import digits as task
 from bench.pruning.journal import Journal
+from sparsekit.convert import convert
 from sparsekit.prune import (
     METHODS,
     RECONSTRUCTIONS,
@@ -45,6 +46,8 @@ TUNING_EPOCHS = 5
 # Fine-tuning begins where training has ended.
 _TUNING_RATE = 1e-3
 _CALIBRATION = 512
+# Of the largest score: two orders of summation.
+_SAME = 1e-4
 _LOTTERY_ROUNDS = 3
 _LOTTERY_REWIND = 2
 """Epochs after which the weights are kept that a ticket is rewound to."""
@@ -138,7 +141,30 @@ def _run(trial: Trial, digits: task.Digits, models: Path) -> dict[str, float]:
     found["statistics"] = score(model)
     task.train(model, digits, TUNING_EPOCHS, _TUNING_RATE, masks, seed=trial.seed)
     found["recovered"] = score(model)
+    check_converted(model, digits)
     return found
+
+
+def check_converted(model: nn.Module, digits: task.Digits) -> None:
+    """The kernels give the scores of the pruned network.
+
+    Raises:
+        AssertionError: They do not.
+    """
+    sparse = deepcopy(model)
+    convert(
+        sparse,
+        example_inputs=digits.test_images,
+        gate="always",
+        targets=TARGETS,
+        fuse="all",
+        fold_batchnorm=True,
+        progress=False,
+    )
+    with torch.no_grad():
+        ours, expected = sparse(digits.test_images), model(digits.test_images)
+    error, scale = float((ours - expected).abs().max()), float(expected.abs().max())
+    assert error <= _SAME * scale, f"converted scores are off by {error} of {scale}"
 
 
 def dense(seed: int, digits: task.Digits, models: Path) -> nn.Module:
