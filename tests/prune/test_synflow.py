@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparsekit.patterns import parse_pattern
+from sparsekit.patterns import NM, Pattern, parse_pattern
 from sparsekit.prune import gradients, prune, synflow
 from sparsekit.prune.calibration import read_batches
 from sparsekit.prune.scores import Unpruned
@@ -218,6 +218,22 @@ def test_what_survives_all_rounds_is_what_the_pattern_keeps(spelling, together):
         kept, total = kept + int((value == 1).sum()), total + value.numel()
     if together and spelling == "bsr1x1@0.9":
         assert kept == round(0.1 * total)
+
+
+def test_a_pattern_with_no_denser_ones_is_scored_once():
+    class Own(Pattern):
+        """2:4 under another name, as a caller's own pattern is."""
+
+        family, sparsity, row_tile, k_tile = "nm", 0.5, 1, 4
+        mask, cover, first_violation = (
+            getattr(NM(2, 4), name) for name in ("mask", "cover", "first_violation")
+        )
+
+    plain = prune(perceptron(), "2:4", "synflow", [torch.randn(1, 12)], progress=False).masks
+    own = prune(perceptron(), Own(), "synflow", [torch.randn(1, 12)], progress=False).masks
+    assert own.keys() == plain.keys()
+    assert all(NM(2, 4).fits(mask.view(len(mask), -1)) for mask in own.values())
+    assert all(int(mask.sum()) == int(plain[name].sum()) for name, mask in own.items())
 
 
 @pytest.mark.parametrize(("spelling", "most"), [("2:4", 3), ("1:4", 4), ("7:8", 2)])

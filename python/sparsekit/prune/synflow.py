@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparsekit.patterns import BlockSparse, Pattern, at_density
+from sparsekit.patterns import NM, BlockSparse, Pattern, at_density
 from sparsekit.prune.calibration import Batch
 from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.layers import Layer
@@ -72,7 +72,7 @@ def synflow(model: Unpruned) -> dict[str, Tensor]:
             parties = [_Party([layer], pattern) for layer, pattern in reached.values()]
         for number in range(1, ROUNDS + 1):
             steps = [party.step(number / ROUNDS) for party in parties]
-            if any(steps):
+            if any(step is not None for step in steps):
                 flows = saliency()
                 for party, step in zip(parties, steps, strict=True):
                     party.prune(flows, step)
@@ -96,7 +96,12 @@ class _Party:
         density = (1.0 - self._final.sparsity) ** progress
         if self._compete:
             return density
-        pattern = self._final if progress == 1.0 else at_density(self._final, density)
+        if progress == 1.0:
+            pattern: Pattern | None = self._final
+        elif isinstance(self._final, NM | BlockSparse):
+            pattern = at_density(self._final, density)
+        else:  # a pattern of which no denser one is known
+            pattern = None
         size: object = pattern
         if isinstance(pattern, BlockSparse):
             (layer,) = self._layers
