@@ -122,8 +122,8 @@ def prune(
             dense[layer_name] = (layer.modules[0], "no gradient reaches it")
         if not chosen:
             raise ValueError(
-                "prune: no gradient reaches any of the layers to prune; the output, or the loss, "
-                "must depend on them"
+                "prune: no gradient reaches any of the layers to prune; compute the loss from the "
+                "model's output, without torch.no_grad() or .detach()"
             )
     patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
     layers = [layer for layer, _ in chosen.values()]

@@ -77,8 +77,10 @@ def _mean_of(what: Callable[[Tensor], Tensor], model: Unpruned) -> dict[str, Ten
             )
             stack.callback(hook.remove)
         for index, batch in enumerate(model.batches):
-            # Into these weights alone: the loss may hold others, of a teacher for instance.
-            _loss_of(batch, model.module, index).backward(inputs=list(weights.values()))
+            loss = _loss_of(batch, model.module, index)
+            if loss.requires_grad:
+                # Into these weights alone: the loss may hold others, of a teacher for instance.
+                loss.backward(inputs=list(weights.values()))
     for name in weights:
         if name in totals and not bool(totals[name].isfinite().all()):
             raise ValueError(
@@ -101,11 +103,6 @@ def _loss_of(batch: Batch, model: nn.Module, index: int) -> Tensor:
         raise ValueError(
             f"gradients: batch {index} gives the loss {loss.item()}; check the batch and its "
             "labels, or compute in a wider dtype"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"gradients: the loss of batch {index} does not depend on any of the layers to prune; "
-            "compute it from the model's output, without torch.no_grad() or .detach()"
         )
     return loss
 
