@@ -1,0 +1,100 @@
+"""Group lasso: a regulariser that drives whole groups of weights to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from sparsekit.patterns import NM
+from sparsekit.prune.training.base import SparseLayer, TrainingMethod, Window
+
+
+class GroupLasso(TrainingMethod):
+    """Wen et al. 2016, arXiv 1608.03665: λ · Σ √|g| · ‖w_g‖ over groups g of weights.
+
+    Applied as its proximal operator after each optimizer step (Yuan & Lin 2006): the norm of every
+    group shrinks by lr · λ · √|g|, and is exactly zero when that is more than there is. As a
+    penalty in the loss it would only circle around zero, and adaptive optimizers would rescale it.
+
+    Groups are the blocks of a block pattern, all of them: the loss says which survive. For N:M they
+    are the positions that the magnitude mask would drop, because all positions of a group shrinking
+    alike would not favour N of them. At `end` the weights are pruned to the pattern by magnitude:
+    what is zero by then goes first. Where more than the pattern asks for is zero it stays so, and
+    where less is, too small a `strength` has left pruning something to lose.
+
+    Trains a dense model; costs one pass over the weights per update.
+
+    Args:
+        strength: λ.
+        groups: "tiles" as described; "filters": whole rows of the matrix (output features,
+            filters), whatever the pattern is.
+        every: steps between shrinkings, each of which makes up for all of them.
+        start: share of the steps before the first one.
+        end: share of the steps after which the model is pruned.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[SparseLayer],
+        optimizer: Optimizer,
+        steps: int,
+        *,
+        strength: float = 1e-2,
+        groups: Literal["tiles", "filters"] = "tiles",
+        every: int = 1,
+        start: float = 0.0,
+        end: float = 0.75,
+    ) -> None:
+        super().__init__(layers, optimizer, Window.of(steps, every, start, end))
+        if not strength > 0.0:
+            raise ValueError(f"train_sparse: strength must be above 0, got {strength}")
+        if groups not in ("tiles", "filters"):
+            raise ValueError(f"train_sparse: groups must be 'tiles' or 'filters', got {groups!r}")
+        self.strength = strength
+        self.groups = groups
+
+    def dense_gradients(self, step: int) -> bool:
+        return step <= self.window.last
+
+    def after_step(self, step: int) -> None:
+        if not self.window.due(step):
+            return
+        for layer in self.layers:
+            threshold = self.strength * self.window.every * self._learning_rate(layer)
+            shrink = self._shrink_filters if self.groups == "filters" else self._shrink_tiles
+            layer.weight.mul_(shrink(layer, threshold))
+
+    def settle(self) -> None:
+        for layer in self.layers:
+            layer.keep_largest()
+
+    def apply(self) -> None:
+        """Nothing is held: a group that became zero may come back."""
+
+    def _shrink_tiles(self, layer: SparseLayer, threshold: float) -> Tensor:
+        units = layer.units
+        norms = units.sums(layer.weight.detach().float().square()).sqrt()
+        factors = _proximal(norms, units.sizes, threshold)
+        if isinstance(layer.pattern, NM):
+            factors = factors.masked_fill(units.keep(layer.magnitude()), 1)
+        return units.spread(factors).to(layer.weight.dtype)
+
+    def _shrink_filters(self, layer: SparseLayer, threshold: float) -> Tensor:
+        rows = layer.weight.detach().float().flatten(1)
+        norms = rows.norm(dim=1)
+        factors = _proximal(norms, norms.new_tensor(rows.shape[1]), threshold)
+        return factors.view(-1, *[1] * (layer.weight.dim() - 1)).to(layer.weight.dtype)
+
+    def _learning_rate(self, layer: SparseLayer) -> float:
+        for group in self.optimizer.param_groups:
+            if any(parameter is layer.weight for parameter in group["params"]):
+                return float(group["lr"])
+        raise AssertionError("train_sparse has checked that the optimizer holds the weight")
+
+
+def _proximal(norms: Tensor, sizes: Tensor, threshold: float) -> Tensor:
+    """The factor on each group; a norm of zero gives zero."""
+    return (1.0 - threshold * sizes.sqrt() / norms.clamp_min(1e-30)).clamp_min(0.0)
