@@ -11,6 +11,7 @@ import sys
 import types
 
 from sparsekit.prune.api import prune
+from sparsekit.prune.lottery import find_lottery_ticket
 from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
@@ -31,6 +32,7 @@ __all__ = [
     "PrunedLayer",
     "SparseTraining",
     "distill",
+    "find_lottery_ticket",
     "find_permutation",
     "hold_masks",
     "kept_share",

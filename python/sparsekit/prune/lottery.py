@@ -13,7 +13,7 @@ from sparsekit.patterns import PatternChoice
 from sparsekit.prune.masks import hold_masks
 from sparsekit.prune.report import PruneReport
 from sparsekit.prune.targets import choose_layers
-from sparsekit.prune.training.base import SparseLayer, check_weights, training_report
+from sparsekit.prune.training.base import SparseLayer, sparse_layers, training_report
 
 TICKET_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "magnitude": lambda trained, initial: trained.abs(),
@@ -77,8 +77,7 @@ def find_lottery_ticket(
         raise ValueError(f"find_lottery_ticket: unknown method {method!r}; known are {known}")
     score = TICKET_SCORES[method]
     chosen, dense = choose_layers(model, pattern, targets, ignore)
-    layers = [SparseLayer(layer, wanted) for layer, wanted in chosen.values()]
-    check_weights(layers)
+    layers = sparse_layers(chosen)
     initial = [layer.weight.detach().clone() for layer in layers]
     remembered = None if rewind is None else _Remembered(model, rewind)
     for done in range(1, rounds + 1):

@@ -22,7 +22,7 @@ from sparsekit.prune.targets import choose_layers
 from sparsekit.prune.training.base import (
     SparseLayer,
     TrainingMethod,
-    check_weights,
+    sparse_layers,
     training_report,
 )
 from sparsekit.prune.training.methods import TRAINING_METHODS
@@ -97,8 +97,7 @@ def train_sparse(
             )
     optimizer = unwrapped(optimizer)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
-    layers = [SparseLayer(layer, wanted) for layer, wanted in chosen.values()]
-    check_weights(layers)
+    layers = sparse_layers(chosen)
     _check_trained(layers, optimizer)
     with torch.no_grad():
         made = make(layers, optimizer, steps, **options)

@@ -88,19 +88,20 @@ class SparseLayer:
         self.weight.masked_fill_(~self.mask, 0)
 
 
-def check_weights(layers: Sequence[SparseLayer]) -> None:
-    """Refuse weights that nothing can be learned from.
+def sparse_layers(chosen: Mapping[str, tuple[Layer, Pattern]]) -> list[SparseLayer]:
+    """The chosen layers, with all-True masks.
 
     Raises:
-        ValueError: one is empty, or holds NaN or infinities.
+        ValueError: a weight is empty, or holds NaN or infinities.
     """
-    for layer in layers:
+    for name, (layer, _) in chosen.items():
         if layer.weight.numel() == 0:
             raise ValueError(
-                f"prune: the weight of {layer.name!r} is empty {list(layer.weight.shape)}; "
+                f"prune: the weight of {name!r} is empty {list(layer.weight.shape)}; "
                 "leave it out with ignore="
             )
-        layer.finite_weight()
+        _finite(layer.weight.detach(), name, "weight")
+    return [SparseLayer(layer, pattern) for layer, pattern in chosen.values()]
 
 
 def training_report(

@@ -1,11 +1,14 @@
-"""Sparse training inside `transformers.Trainer`."""
+"""Sparse training inside `transformers.Trainer`.
+
+Imported only by those who use it: transformers is no dependency.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -14,15 +17,13 @@ from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.report import PruneReport
 from sparsekit.prune.training.api import SparseTraining
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback as _TrainerCallback
-else:
-    try:
-        from transformers import TrainerCallback as _TrainerCallback
-    except ImportError as error:
-        raise ImportError(
-            'SparseTrainerCallback needs transformers; pip install "transformers[torch]"'
-        ) from error
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        'SparseTrainerCallback needs transformers: pip install "transformers[torch]"'
+    ) from error
+
 
 Run = Callable[[nn.Module, Optimizer, int], SparseTraining]
 
@@ -30,7 +31,7 @@ FILE = "sparsekit_training.safetensors"
 """Lies beside the model in each of the Trainer's checkpoints."""
 
 
-class SparseTrainerCallback(_TrainerCallback):
+class SparseTrainerCallback(TrainerCallback):
     """Holds masks, or trains sparse, while a `transformers.Trainer` trains::
 
         Trainer(..., callbacks=[SparseTrainerCallback(masks=report.masks)])

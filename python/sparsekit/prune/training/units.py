@@ -26,6 +26,7 @@ class Units:
     Attributes:
         sizes: `[pools, units]`, how many weights a unit holds; 0 for what padding made up.
         kept: how many units of each pool the pattern keeps.
+        density: which fraction that is.
 
     Raises:
         ValueError: another kind of pattern.
@@ -39,7 +40,9 @@ class Units:
         weight = layer.weight.detach()
         self._shape = layer.matrices(weight, pattern).shape
         self.sizes = self.sums(torch.ones_like(weight, dtype=torch.float32))
-        self.kept = pattern.n if isinstance(pattern, NM) else pattern.blocks_kept(*self._shape[1:])
+        _, n, k = self._shape
+        self.kept = pattern.n if isinstance(pattern, NM) else pattern.blocks_kept(n, k)
+        self.density = self.kept / self.sizes.shape[1]
 
     def sums(self, values: Tensor) -> Tensor:
         """The sum over each unit, `[pools, units]`, of values in the weight's shape."""
