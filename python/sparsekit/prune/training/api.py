@@ -254,7 +254,7 @@ class SparseTraining:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the run of `state_dict` was; load the model's and optimizer's states first.
+        """Go on where the run of `state_dict` was, beside the model's and the optimizer's states.
 
         Raises:
             ValueError: the state is of another model, method, options, pattern or number of steps;

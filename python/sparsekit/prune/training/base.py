@@ -237,7 +237,9 @@ def same_random(seed: int, step: int, index: int) -> torch.Generator:
 
     On the CPU, so that they are the same on every device.
     """
-    return torch.Generator().manual_seed(seed + 1_000_003 * step + 7_919 * index)
+    # Scattered: with the seed that initialised the weights, a mask would follow their values.
+    mixed = ((seed + 1) * 1_000_003 + step) * 1_000_003 + index
+    return torch.Generator().manual_seed(mixed * 0x9E3779B97F4A7C15 % (1 << 63))
 
 
 def gradient_scale(optimizer: Optimizer) -> float:

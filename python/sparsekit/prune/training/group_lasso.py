@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from sparsekit.patterns import NM
 from sparsekit.prune.training.base import SparseLayer, TrainingMethod, Window
 
 
@@ -19,18 +18,19 @@ class GroupLasso(TrainingMethod):
     group shrinks by lr · λ · √|g|, and is exactly zero when that is more than there is. As a
     penalty in the loss it would only circle around zero, and adaptive optimizers would rescale it.
 
-    Groups are the blocks of a block pattern, all of them: the loss says which survive. For N:M they
-    are the positions that the magnitude mask would drop, because all positions of a group shrinking
-    alike would not favour N of them. At `end` the weights are pruned to the pattern by magnitude:
-    what is zero by then goes first. Where more than the pattern asks for is zero it stays so, and
-    where less is, too small a `strength` has left pruning something to lose.
+    A group is a block, or a position of N:M. By default only those shrink that the pattern's
+    magnitude mask would drop as things stand: the pattern is what they converge to, however strong
+    the push. At `end` the weights are pruned to the pattern by magnitude; what is zero goes first,
+    and what is not yet zero is what too small a `strength` leaves pruning to lose.
 
     Trains a dense model; costs one pass over the weights per update.
 
     Args:
-        strength: λ.
-        groups: "tiles" as described; "filters": whole rows of the matrix (output features,
-            filters), whatever the pattern is.
+        strength: λ. Where a gradient holds against it, it pushes in vain. Steps of SGD follow the
+            gradient's size, and 0.01 is much; those of Adam do not, and 0.3 is not.
+        groups: "dropped" as described; "all" shrinks every block or position, as in the paper, and
+            too strong a push empties the layer; "filters" shrinks whole rows of the matrix (output
+            features, filters), whatever the pattern is.
         every: steps between shrinkings, each of which makes up for all of them.
         start: share of the steps before the first one.
         end: share of the steps after which the model is pruned.
@@ -43,7 +43,7 @@ class GroupLasso(TrainingMethod):
         steps: int,
         *,
         strength: float = 1e-2,
-        groups: Literal["tiles", "filters"] = "tiles",
+        groups: Literal["dropped", "all", "filters"] = "dropped",
         every: int = 1,
         start: float = 0.0,
         end: float = 0.75,
@@ -51,8 +51,10 @@ class GroupLasso(TrainingMethod):
         super().__init__(layers, optimizer, Window.of(steps, every, start, end))
         if not strength > 0.0:
             raise ValueError(f"train_sparse: strength must be above 0, got {strength}")
-        if groups not in ("tiles", "filters"):
-            raise ValueError(f"train_sparse: groups must be 'tiles' or 'filters', got {groups!r}")
+        if groups not in ("dropped", "all", "filters"):
+            raise ValueError(
+                f"train_sparse: groups must be 'dropped', 'all' or 'filters', got {groups!r}"
+            )
         self.strength = strength
         self.groups = groups
 
@@ -64,7 +66,7 @@ class GroupLasso(TrainingMethod):
             return
         for layer in self.layers:
             threshold = self.strength * self.window.every * self._learning_rate(layer)
-            shrink = self._shrink_filters if self.groups == "filters" else self._shrink_tiles
+            shrink = self._shrink_filters if self.groups == "filters" else self._shrink_units
             layer.weight.mul_(shrink(layer, threshold))
 
     def settle(self) -> None:
@@ -74,11 +76,11 @@ class GroupLasso(TrainingMethod):
     def apply(self) -> None:
         """Nothing is held: a group that became zero may come back."""
 
-    def _shrink_tiles(self, layer: SparseLayer, threshold: float) -> Tensor:
+    def _shrink_units(self, layer: SparseLayer, threshold: float) -> Tensor:
         units = layer.units
         norms = units.sums(layer.weight.detach().float().square()).sqrt()
         factors = _proximal(norms, units.sizes, threshold)
-        if isinstance(layer.pattern, NM):
+        if self.groups == "dropped":
             factors = factors.masked_fill(units.keep(layer.magnitude()), 1)
         return units.spread(factors).to(layer.weight.dtype)
 
