@@ -249,8 +249,7 @@ class SparseTraining:
         `tensors` are the live ones, as in the states of models and optimizers; the other entries
         are plain values.
         """
-        masks = {f"{layer.name}/mask": layer.mask for layer in self._layers}
-        return self._description() | {"step": self.step, "tensors": masks | self._method.state()}
+        return self._description() | {"step": self.step, "tensors": self._tensors()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,7 +266,7 @@ class SparseTraining:
                     f"train_sparse: the state has {what} {state.get(what)!r}, this run has "
                     f"{mine!r}; resume with the arguments the run was started with"
                 )
-        live = {f"{layer.name}/mask": layer.mask for layer in self._layers} | self._method.state()
+        live = self._tensors()
         shapes = {name: list(tensor.shape) for name, tensor in live.items()}
         if {name: list(tensor.shape) for name, tensor in state["tensors"].items()} != shapes:
             raise ValueError(
@@ -281,10 +280,6 @@ class SparseTraining:
             layer.pattern = self._patterns[layer.name]
         if self.step >= self._method.window.last:
             self._method.resettle()
-            for layer in self._layers:
-                layer.hold()
-        else:
-            self._method.apply()
         self._prepare_gradients()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -302,6 +297,12 @@ class SparseTraining:
         """
         tensors, metadata = read_tensors(path, _FORMAT)
         self.load_state_dict(json.loads(metadata["state"]) | {"tensors": tensors})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        # The weights as well: to begin may have changed them after the model's state was loaded.
+        weights = {f"{layer.name}/weight": layer.weight.detach() for layer in self._layers}
+        masks = {f"{layer.name}/mask": layer.mask for layer in self._layers}
+        return weights | masks | self._method.state()
 
     def _description(self) -> dict[str, Any]:
         patterns = {name: str(pattern) for name, pattern in self._patterns.items()}

@@ -200,9 +200,8 @@ class TrainingMethod(ABC):
         self.optimizer = optimizer
         self.window = window
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027
         """Prepare masks and weights for the first forward pass."""
-        self.apply()
 
     def dense_gradients(self, step: int) -> bool:
         """Whether the gradients of this step are needed where masks are False."""
@@ -219,13 +218,8 @@ class TrainingMethod(ABC):
     def settle(self) -> None:
         """Give each layer its final mask; what it drops is zeroed afterwards."""
 
-    def apply(self) -> None:
-        """Make the weights what a forward pass shall see, after `state` was loaded."""
-        for layer in self.layers:
-            layer.hold()
-
     def state(self) -> dict[str, Tensor]:
-        """Tensors, besides the masks, that a resumed run needs; loading copies into them."""
+        """Tensors that a resumed run needs besides weights and masks; loading copies into them."""
         return {}
 
     def resettle(self) -> None:  # noqa: B027

@@ -74,7 +74,7 @@ class DSA(TrainingMethod):
 
     def begin(self) -> None:
         self._soften(0)
-        self.apply()
+        self._show()
 
     def dense_gradients(self, step: int) -> bool:
         return step <= self.window.last
@@ -100,7 +100,7 @@ class DSA(TrainingMethod):
             self.full[layer.name].copy_(layer.weight)
         if self.window.due(step):
             self._soften(step)
-        self.apply()
+        self._show()
 
     def settle(self) -> None:
         self.resettle()
@@ -114,11 +114,6 @@ class DSA(TrainingMethod):
         ):
             if layer.pattern is not None:
                 layer.pattern = at_density(layer.pattern, count / levels)
-
-    def apply(self) -> None:
-        for layer in self.layers:
-            soft = layer.units.spread(self.soft[layer.name])
-            layer.weight.copy_(self.full[layer.name] * soft)
 
     def state(self) -> dict[str, Tensor]:
         return (
@@ -134,6 +129,12 @@ class DSA(TrainingMethod):
             place = (ranks(magnitude) + 0.5) / magnitude.shape[1]
             soft = torch.sigmoid((ratio - place) / (self.temperature * cooled))
             self.soft[layer.name].copy_(soft)
+
+    def _show(self) -> None:
+        """Make the weights what a forward pass shall see."""
+        for layer in self.layers:
+            soft = layer.units.spread(self.soft[layer.name])
+            layer.weight.copy_(self.full[layer.name] * soft)
 
     def _move_ratios(self, slopes: Tensor, step: int) -> None:
         if not bool(slopes.isfinite().all()):

@@ -66,10 +66,6 @@ class _Dynamic(TrainingMethod):
     def settle(self) -> None:
         """The mask stays as it is."""
 
-    def state(self) -> dict[str, Tensor]:
-        # `begin` zeroes weights at random, also those of a model that was loaded before the run.
-        return {f"{layer.name}/weight": layer.weight.detach() for layer in self.layers}
-
     @abstractmethod
     def _grow_score(self, layer: SparseLayer, step: int, index: int) -> Tensor:
         """Which units to grow, `[pools, units]`, higher first."""

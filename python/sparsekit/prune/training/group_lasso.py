@@ -73,9 +73,6 @@ class GroupLasso(TrainingMethod):
         for layer in self.layers:
             layer.keep_largest()
 
-    def apply(self) -> None:
-        """Nothing is held: a group that became zero may come back."""
-
     def _shrink_units(self, layer: SparseLayer, threshold: float) -> Tensor:
         units = layer.units
         norms = units.sums(layer.weight.detach().float().square()).sqrt()

@@ -78,10 +78,5 @@ class SRSTE(TrainingMethod):
             layer.weight.copy_(self.dense[layer.name])
             layer.keep_largest()
 
-    def apply(self) -> None:
-        for layer in self.layers:
-            layer.weight.copy_(self.dense[layer.name])
-            layer.hold()
-
     def state(self) -> dict[str, Tensor]:
         return {f"{name}/dense": dense for name, dense in self.dense.items()}
