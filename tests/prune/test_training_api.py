@@ -222,9 +222,9 @@ def test_training_goes_on_under_the_final_masks(method):
 
 
 @every_method
-def test_weights_in_half_precision(method):
+def test_weights_in_half_precision_and_another_layout(method):
     model, _ = new()
-    model.to(torch.bfloat16)
+    model.to(torch.bfloat16, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     x = torch.randn(4, 12, 6, 6, dtype=torch.bfloat16)
     with begin(model, optimizer, method) as run:
@@ -232,8 +232,9 @@ def test_weights_in_half_precision(method):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
-    assert torch.equal(model.conv.weight != 0, run.report.masks["conv"])
+    assert not bool(model.conv.weight[~run.report.masks["conv"]].any())
     assert model.conv.weight.dtype == torch.bfloat16
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("fused", [False, True])

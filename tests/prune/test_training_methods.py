@@ -167,6 +167,22 @@ def test_the_first_masks_are_random_and_the_seeds():
     assert float((first[0] & magnitude).float().mean()) == pytest.approx(0.0625, abs=0.03)
 
 
+@pytest.mark.parametrize("steps", [10, 400])
+def test_swaps_happen_in_short_trainings_too(steps):
+    model = layer_of()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    updates = set()
+    with train_sparse(model, "2:4", "set", optimizer, steps=steps) as run:
+        for step in range(steps):
+            before = run.masks["0"].clone()
+            pull(model, random_like(model, step), optimizer)
+            if not torch.equal(run.masks["0"], before):
+                updates.add(step + 1)
+    every = {10: 1, 400: 6}[steps]
+    assert updates <= set(range(every, round(0.75 * steps) + 1, every))
+    assert len(updates) > 0.5 * 0.75 * steps / every
+
+
 @pytest.mark.parametrize("method", ["rigl", "set"])
 def test_momentum_of_swapped_weights_is_cleared(method):
     model = layer_of()

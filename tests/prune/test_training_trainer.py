@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from sparsekit.patterns import NM
-from sparsekit.prune import prune, train_sparse
+from sparsekit.prune import hold_masks, prune, train_sparse
 from sparsekit.prune.training import trainer as module
 from sparsekit.prune.training.trainer import FILE, SparseTrainerCallback
 
@@ -149,6 +150,30 @@ def test_hooks_of_a_training_that_failed_are_taken_off(tmp_path):
     failing.train()
     assert callback.report.sparsity == 0.5
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_an_optimizer_that_accelerate_wraps():
+    model = bert().bert.encoder
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    assert wrapped is not optimizer
+
+    def step():
+        wrapped.zero_grad()
+        sum((p * p.detach().sin()).sum() for p in model.parameters()).backward()
+        wrapped.step()
+
+    step()
+    with train_sparse(model, "2:4", "gradual", wrapped, steps=4, every=1) as run:
+        for _ in range(4):
+            step()
+        assert run.step == 4
+    with hold_masks(model, run.report.masks, wrapped):
+        step()
+    for name, mask in run.report.masks.items():
+        assert torch.equal(model.get_submodule(name).weight != 0, mask)
+    step()
+    assert not torch.equal(model.get_submodule(name).weight != 0, mask)
 
 
 def test_transformers_is_imported_by_those_who_use_it_alone(monkeypatch):

@@ -147,8 +147,11 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file whole; `metadata["format"]` says what it holds."""
     path = Path(path)
-    # Tensors that share memory, as views of one mask do, cannot be written as they are.
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    # Tensors that share memory or are laid out otherwise cannot be written as they are.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     with replacing(path) as folder:
         save_file(copies, folder / path.name, metadata)
 

@@ -133,12 +133,12 @@ class SparseTraining:
         self._dense = dense
         self._skipped = False
         self._began = time.perf_counter()
+        made.begin()
         self._handles = [
             made.optimizer.register_step_pre_hook(self._before_step),
             made.optimizer.register_step_post_hook(self._after_step),
             *(layer.weight.register_hook(_masking(layer)) for layer in self._layers),
         ]
-        made.begin()
         self._prepare_gradients()
 
     @property

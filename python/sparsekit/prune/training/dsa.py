@@ -64,13 +64,16 @@ class DSA(TrainingMethod):
         self.temperature = temperature
         sizes = [layer.weight.numel() for layer in layers]
         self.costs = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-        self.levels = torch.tensor([layer.units.sizes.shape[1] for layer in layers])
+        self.levels = torch.tensor([layer.units.real.shape[1] for layer in layers])
         self.ratios = torch.tensor([layer.units.kept for layer in layers]) / self.levels.double()
         self.lowest = torch.minimum(1.0 / self.levels, self.ratios)
         self.budget = float(self.costs @ self.ratios)
         self.slopes = torch.zeros_like(self.ratios)
         self.full = {layer.name: layer.weight.detach().clone() for layer in layers}
-        self.soft = {layer.name: torch.ones_like(layer.units.sizes) for layer in layers}
+        self.soft = {
+            layer.name: torch.ones(layer.units.real.shape, device=layer.weight.device)
+            for layer in layers
+        }
 
     def begin(self) -> None:
         self._soften(0)

@@ -14,7 +14,7 @@ from sparsekit.prune.training.base import SparseLayer, TrainingMethod, Window, s
 from sparsekit.prune.training.units import ranks
 
 
-class _Dynamic(TrainingMethod):
+class Dynamic(TrainingMethod):
     """Starts from a random mask of the pattern; from time to time swaps the least kept units.
 
     At an update, a fraction of a layer's kept units, those of lowest magnitude, are dropped, and
@@ -24,7 +24,8 @@ class _Dynamic(TrainingMethod):
 
     Args:
         drop: fraction dropped at the first update; it falls to zero along a cosine.
-        every: steps between updates.
+        every: steps between updates; None means a fiftieth of those from `start` to `end`, at most
+            the 100 that the paper on RigL found good.
         start: share of the steps before the first update.
         end: share of the steps after which the mask stays.
         seed: of the first mask, and of what SET grows.
@@ -37,11 +38,13 @@ class _Dynamic(TrainingMethod):
         steps: int,
         *,
         drop: float = 0.3,
-        every: int = 100,
+        every: int | None = None,
         start: float = 0.0,
         end: float = 0.75,
         seed: int = 0,
     ) -> None:
+        if every is None:
+            every = min(100, max(1, round((end - start) * steps / 50)))
         super().__init__(layers, optimizer, Window.of(steps, every, start, end))
         if not 0.0 < drop <= 1.0:
             raise ValueError(f"train_sparse: drop must be above 0 and at most 1, got {drop}")
@@ -82,7 +85,7 @@ class _Dynamic(TrainingMethod):
         staying = kept & ~dropped.view_as(kept)
 
         lost = (kept & ~staying).sum(1, keepdim=True)
-        free = grow_score.masked_fill(staying | (units.sizes == 0), -torch.inf)
+        free = grow_score.masked_fill(staying | ~units.real, -torch.inf)
         new = staying | (ranks(free) < lost)
         layer.keep(new)
         unchanged = units.spread(kept & new)
@@ -95,13 +98,13 @@ class _Dynamic(TrainingMethod):
 
     def _random(self, layer: SparseLayer, step: int, index: int) -> Tensor:
         generator = same_random(self.seed, step, index)
-        return torch.rand(layer.units.sizes.shape, generator=generator).to(layer.weight.device)
+        return torch.rand(layer.units.real.shape, generator=generator).to(layer.weight.device)
 
 
-class RigL(_Dynamic):
+class RigL(Dynamic):
     """Evci et al. 2020, arXiv 1911.11134: regrows where the dense gradient is largest.
 
-    Swaps are as described in `_Dynamic`. Trains from scratch, or further, at the pattern's cost in
+    Swaps are as described in `Dynamic`. Trains from scratch, or further, at the pattern's cost in
     memory and arithmetic but for one dense gradient per update. The paper gives large layers more
     of the sparsity (ERK): pass such a mapping as the pattern.
     """
@@ -113,10 +116,10 @@ class RigL(_Dynamic):
         return layer.gradient()
 
 
-class SET(_Dynamic):
+class SET(Dynamic):
     """Mocanu et al. 2018 (Nature Communications 9, arXiv 1707.04780): regrows at random.
 
-    Swaps are as described in `_Dynamic`. Never needs a dense gradient.
+    Swaps are as described in `Dynamic`. Never needs a dense gradient.
     """
 
     def _grow_score(self, layer: SparseLayer, step: int, index: int) -> Tensor:

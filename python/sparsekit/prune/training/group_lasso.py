@@ -12,10 +12,10 @@ from sparsekit.prune.training.base import SparseLayer, TrainingMethod, Window
 
 
 class GroupLasso(TrainingMethod):
-    """Wen et al. 2016, arXiv 1608.03665: λ · Σ √|g| · ‖w_g‖ over groups g of weights.
+    """Wen et al. 2016, arXiv 1608.03665: a penalty λ · Σ √size · ‖group‖ on groups of weights.
 
     Applied as its proximal operator after each optimizer step (Yuan & Lin 2006): the norm of every
-    group shrinks by lr · λ · √|g|, and is exactly zero when that is more than there is. As a
+    group shrinks by lr · λ · √size, and is exactly zero when that is more than there is. As a
     penalty in the loss it would only circle around zero, and adaptive optimizers would rescale it.
 
     A group is a block, or a position of N:M. By default only those shrink that the pattern's
@@ -23,11 +23,11 @@ class GroupLasso(TrainingMethod):
     the push. At `end` the weights are pruned to the pattern by magnitude; what is zero goes first,
     and what is not yet zero is what too small a `strength` leaves pruning to lose.
 
-    Trains a dense model; costs one pass over the weights per update.
+    Trains a dense model; costs a pass over the weights and a ranking per update.
 
     Args:
-        strength: λ. Where a gradient holds against it, it pushes in vain. Steps of SGD follow the
-            gradient's size, and 0.01 is much; those of Adam do not, and 0.3 is not.
+        strength: λ. With SGD, whose steps follow the gradient's size, 0.01 is a strong push; with
+            Adam, whose steps do not, a weaker one than 0.3 is hardly felt.
         groups: "dropped" as described; "all" shrinks every block or position, as in the paper, and
             too strong a push empties the layer; "filters" shrinks whole rows of the matrix (output
             features, filters), whatever the pattern is.

@@ -8,6 +8,8 @@ pools serve every pattern, and cannot leave it.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ class Units:
         pattern: N:M or blocks.
 
     Attributes:
-        sizes: `[pools, units]`, how many weights a unit holds; 0 for what padding made up.
+        real: bool `[pools, units]`, False where padding made up a unit.
         kept: how many units of each pool the pattern keeps.
         density: which fraction that is.
 
@@ -39,10 +41,15 @@ class Units:
         self._pattern = pattern
         weight = layer.weight.detach()
         self._shape = layer.matrices(weight, pattern).shape
-        self.sizes = self.sums(torch.ones_like(weight, dtype=torch.float32))
+        self.real = self.any(torch.ones_like(weight, dtype=torch.bool))
         _, n, k = self._shape
         self.kept = pattern.n if isinstance(pattern, NM) else pattern.blocks_kept(n, k)
-        self.density = self.kept / self.sizes.shape[1]
+        self.density = self.kept / self.real.shape[1]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many weights each unit holds, `[pools, units]`."""
+        return self.sums(torch.ones_like(self._layer.weight.detach(), dtype=torch.float32))
 
     def sums(self, values: Tensor) -> Tensor:
         """The sum over each unit, `[pools, units]`, of values in the weight's shape."""
@@ -69,8 +76,7 @@ class Units:
 
     def keep(self, score: Tensor) -> Tensor:
         """The units that the pattern keeps: the best-scored of each pool, of equals the first."""
-        real = self.sizes > 0
-        return (ranks(score.masked_fill(~real, -torch.inf)) < self.kept) & real
+        return (ranks(score.masked_fill(~self.real, -torch.inf)) < self.kept) & self.real
 
     def keep_partly(self, score: Tensor, share: float) -> Tensor:
         """On the way to `keep`: of the units that it drops only a share go, the lowest-scored.
@@ -79,12 +85,12 @@ class Units:
         compete across the matrix. Both are served by the same rule, which ends at the pattern's
         mask when the share is 1 and drops in order of the score over the whole layer before.
         """
-        doomed = ~self.keep(score) & (self.sizes > 0)
+        doomed = ~self.keep(score) & self.real
         count = round(share * int(doomed.sum()))
         order = score.masked_fill(~doomed, torch.inf).flatten().argsort(stable=True)
         gone = torch.zeros_like(doomed).flatten()
         gone[order[:count]] = True
-        return (self.sizes > 0) & ~gone.view_as(doomed)
+        return self.real & ~gone.view_as(doomed)
 
 
 def ranks(score: Tensor) -> Tensor:
