@@ -91,6 +91,7 @@ class DSA(TrainingMethod):
             if gradient is None:
                 continue
             if self.window.due(step):
+                # ∂p/∂α = p (1 - p) / T, and what is the same for all layers drops out.
                 by_mask = layer.units.sums(gradient.float() * full.float())
                 slope = (by_mask * soft * (1.0 - soft)).sum() / layer.weight.numel()
                 slopes[index] = float(slope)
