@@ -143,11 +143,8 @@ def train(
     with hold_masks(model, masks or {}, optimizer):
         for _ in range(epochs):
             for batch in _epoch(digits, generator):
-                cost = loss(model, batch)
-                if run is not None:
-                    cost = cost + run.penalty()
                 optimizer.zero_grad()
-                cost.backward()
+                loss(model, batch).backward()
                 optimizer.step()
                 schedule.step()
     if run is not None:

@@ -21,6 +21,7 @@ from sparsekit.prune import (
     METHODS,
     RECONSTRUCTIONS,
     TRAINING_METHODS,
+    SparseTraining,
     find_lottery_ticket,
     prune,
     train_sparse,
@@ -50,7 +51,7 @@ _CALIBRATION = 512
 _SAME = 1e-4
 _LOTTERY_ROUNDS = 3
 _LOTTERY_REWIND = 2
-"""Epochs after which the weights are kept that a ticket is rewound to."""
+"""Epochs of the first training that a ticket is rewound to."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _prune(trial: Trial, model: nn.Module, digits: task.Digits) -> Any:
 
 
 def _train_sparse(trial: Trial, model: nn.Module, digits: task.Digits) -> None:
-    def watch(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    def watch(optimizer: torch.optim.Optimizer, steps: int) -> SparseTraining:
         return train_sparse(
             model, trial.pattern, trial.method, optimizer, steps=steps, targets=TARGETS
         )
@@ -209,8 +210,15 @@ def _lottery(trial: Trial, model: nn.Module, digits: task.Digits) -> None:
     def train(net: nn.Module, masks: Any) -> None:
         task.train(net, digits, EPOCHS, masks=masks, seed=trial.seed)
 
-    task.train(model, digits, _LOTTERY_REWIND, seed=trial.seed)
-    find_lottery_ticket(model, trial.pattern, train, rounds=_LOTTERY_ROUNDS, targets=TARGETS)
+    ticket = find_lottery_ticket(
+        model,
+        trial.pattern,
+        train,
+        rounds=_LOTTERY_ROUNDS,
+        rewind=_LOTTERY_REWIND * len(task.batches(digits)),
+        targets=TARGETS,
+    )
+    train(model, ticket.masks)
 
 
 _DURING: dict[str, Callable[[Trial, nn.Module, task.Digits], None]] = {"lottery": _lottery}

@@ -72,7 +72,7 @@ def trials(patterns: Sequence[str], recovered: Sequence[str], steps: int) -> Ite
     best = "least_squares"
     for pattern in patterns:
         for name, method in METHODS.items():
-            if not method.needs_loss:
+            if method.needs != "gradients":
                 yield Trial(name, pattern)
         for reconstruction in RECONSTRUCTIONS:
             if reconstruction not in ("none", METHODS["sparsegpt"].reconstruction):
