@@ -10,6 +10,7 @@ import inspect
 import sys
 import types
 
+from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
@@ -17,22 +18,30 @@ from sparsekit.prune.permute import find_permutation, kept_share, permute_channe
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scan import SensitivityReport, SensitivityRow
+from sparsekit.prune.sensitivity import sensitivity
 
 __all__ = [
+    "ALLOCATIONS",
     "LOSSES",
     "METHODS",
+    "OWL",
     "RECONSTRUCTIONS",
     "DistillReport",
     "HeldMasks",
     "Method",
     "PruneReport",
     "PrunedLayer",
+    "Sensitivity",
+    "SensitivityReport",
+    "SensitivityRow",
     "distill",
     "find_permutation",
     "hold_masks",
     "kept_share",
     "permute_channels",
     "prune",
+    "sensitivity",
 ]
 
 

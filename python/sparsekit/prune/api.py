@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
+from sparsekit.prune.allocate import Allocation, DenseModel, allocate, find_allocation
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.methods import METHODS
+from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
@@ -23,6 +24,7 @@ from sparsekit.prune.reconstruct import (
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scan import PruneLayer
 from sparsekit.prune.scores import Score
 from sparsekit.prune.targets import choose_layers
 
@@ -42,6 +44,7 @@ def prune(
     cache_bytes: int = CACHE_BYTES,
     pixels: int = PIXELS,
     loss: Loss | None = None,
+    allocation: str | Allocation = "uniform",
 ) -> PruneReport:
     """Prune the linear layers and convolutions of a model in place.
 
@@ -78,35 +81,50 @@ def prune(
         loss: `(model, batch) -> scalar`, called with each batch as `calibration` gave it. With it,
             batches may be anything, pairs of inputs and labels for instance, and the model is run
             by it alone.
+        allocation: how the density of a pattern is spread over the layers that have it, a name in
+            `ALLOCATIONS` or one of its functions with options, `OWL(spread=0.1)` for instance.
+            All layers of a pattern together keep as much as with "uniform". A layer that gets to
+            keep everything stays dense.
 
     Returns:
         What was done to each layer, with the masks.
 
     Raises:
-        ValueError: unknown method or reconstruction, a number of pixels below 1, calibration
+        ValueError: unknown method, reconstruction or allocation, a pattern that leaves an
+            allocation nothing to spread, a number of pixels below 1, calibration
             missing where it is needed, empty, exhausted or not made of batches, no layer to prune,
             a weight that is empty or holds NaN or infinities: the model is as before. Inputs of a
             layer that hold NaN or infinities, or cannot be inverted: the layers before it are
             pruned already.
     """
     started = time.perf_counter()
-    chosen_method = _lookup(METHODS, method, "method")
-    name = chosen_method.reconstruction if reconstruction is None else reconstruction
-    solve = _lookup(RECONSTRUCTIONS, name, "reconstruction")
-    if calibration is None and (chosen_method.needs_calibration or name != "none"):
-        raise ValueError(
-            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
-            "calibration=batches, or use method='magnitude'"
-        )
+    chosen_method, name, solve = choose_method(method, reconstruction, calibration is not None)
+    spread = find_allocation(allocation)
     if pixels < 1:
         raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
     batches = None if calibration is None else read_batches(calibration, loss=loss)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
-        _check_weight(layer)
-    patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
-    layers = [layer for layer, _ in chosen.values()]
+        check_weight(layer)
+    before = DenseModel(
+        model,
+        batches,
+        method,
+        chosen_method,
+        options,
+        layer_pruner(chosen_method, solve, options),
+        cache_bytes,
+        pixels,
+        progress,
+    )
+    patterns: dict[str, Pattern] = {}
+    for layer_name, wanted in allocate(before, chosen, spread).items():
+        if wanted is None:
+            dense[layer_name] = (chosen[layer_name][0].modules[0], "its allocation keeps all of it")
+        else:
+            patterns[layer_name] = wanted
+    layers = [chosen[layer_name][0] for layer_name in patterns]
     run = _Run(patterns, chosen_method.score, solve, options)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
@@ -188,6 +206,36 @@ def _calibrated(
         return calibration.unreached
 
 
+def choose_method(
+    method: str, reconstruction: str | None, calibrated: bool
+) -> tuple[Method, str, Reconstruction]:
+    """The method, and the name and function of its reconstruction.
+
+    Raises:
+        ValueError: unknown, or calibration missing where it is needed.
+    """
+    chosen: Method = _lookup(METHODS, method, "method")
+    name = chosen.reconstruction if reconstruction is None else reconstruction
+    solve: Reconstruction = _lookup(RECONSTRUCTIONS, name, "reconstruction")
+    if not calibrated and (chosen.needs_calibration or name != "none"):
+        raise ValueError(
+            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
+            "calibration=batches, or use method='magnitude'"
+        )
+    return chosen, name, solve
+
+
+def layer_pruner(
+    method: Method, solve: Reconstruction, options: ReconstructionOptions
+) -> PruneLayer:
+    """Prunes one layer by itself, to see what comes of it."""
+
+    def prune_layer(layer: Layer, wanted: Pattern, moments: Tensor | None) -> None:
+        _Run({layer.name: wanted}, method.score, solve, options).prune(layer, moments)
+
+    return prune_layer
+
+
 def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
     try:
         return registry[name]
@@ -197,7 +245,7 @@ def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
         ) from None
 
 
-def _check_weight(layer: Layer) -> None:
+def check_weight(layer: Layer) -> None:
     weight = layer.weight
     if weight.numel() == 0:
         raise ValueError(

@@ -7,7 +7,7 @@ Each function takes `(weight [n, k], pattern, score, moment [k, k] or None, opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -189,12 +189,24 @@ def _shares(
     """The pattern inside each group. How many blocks a group keeps all groups decide together."""
     if len(weights) == 1 or not isinstance(pattern, BlockSparse):
         return [pattern] * len(weights)
-    scores = [
-        score(weight, None if moment is None else _columns(moment, options))
-        for weight, moment in zip(weights, moments, strict=True)
-    ]
-    kept = pattern.occupancy(pattern.mask(torch.cat(scores))).view(len(weights), -1)
+    scores = score_groups(weights, score, moments, options)
+    kept = pattern.occupancy(pattern.mask(scores.flatten(0, 1))).view(len(weights), -1)
     return [replace(pattern, sparsity=1.0 - int(part.sum()) / part.numel()) for part in kept]
+
+
+def score_groups(
+    weights: Tensor,
+    score: Score,
+    moments: Iterable[Tensor | None],
+    options: ReconstructionOptions,
+) -> Tensor:
+    """The score `[groups, n, k]` of a layer, each group with the statistics of its own inputs."""
+    return torch.stack(
+        [
+            score(weight, None if moment is None else _columns(moment, options))
+            for weight, moment in zip(weights, moments, strict=True)
+        ]
+    )
 
 
 def relative_error(dense: Tensor, pruned: Tensor, moment: Tensor) -> float:
