@@ -12,6 +12,7 @@ import types
 
 from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
+from sparsekit.prune.latency import LatencyPlan, plan_latency
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
@@ -29,6 +30,7 @@ __all__ = [
     "RECONSTRUCTIONS",
     "DistillReport",
     "HeldMasks",
+    "LatencyPlan",
     "Method",
     "PruneReport",
     "PrunedLayer",
@@ -40,6 +42,7 @@ __all__ = [
     "hold_masks",
     "kept_share",
     "permute_channels",
+    "plan_latency",
     "prune",
     "sensitivity",
 ]
