@@ -307,17 +307,23 @@ def plan_latency(
     patterns = list(dict.fromkeys(map(parse_pattern, candidates)))
     if not patterns:
         raise ValueError("plan_latency: no candidates; pass at least one, such as '2:4'")
-    prunable = {
-        pattern: choose_layers(model, pattern, targets, ignore)[0].keys() for pattern in patterns
-    }
-    times, reasons = time_layers(
-        model, patterns, example_inputs, targets, ignore, fuse, cache, progress
+    prunable: dict[str, set[Pattern]] = {}
+    reasons: dict[str, str] = {}
+    for pattern in patterns:
+        chosen, dense = choose_layers(model, pattern, targets, ignore)
+        for name in chosen:
+            prunable.setdefault(name, set()).add(pattern)
+        reasons.update((name, reason) for name, (_, reason) in dense.items())
+    names = [exactly(name) for name in prunable]
+    times, untimed = time_layers(
+        model, patterns, example_inputs, names, ignore, fuse, cache, progress
     )
+    reasons = {name: why for name, why in (reasons | untimed).items() if name not in times}
     offered = {
         name: {
             pattern: time
             for pattern, time in mine.items()
-            if name in prunable[pattern] and (budget_bytes is not None or not time.judged.lost)
+            if pattern in prunable[name] and (budget_bytes is not None or not time.judged.lost)
         }
         for name, mine in times.items()
     }
@@ -374,8 +380,9 @@ def least_loss(
         The index of each row's option.
 
     Raises:
+        ValueError: no options meet all limits.
         ImportError: scipy is not installed.
-        RuntimeError: the solver found no solution.
+        RuntimeError: the solver failed.
     """
     if not losses:
         return []
@@ -396,6 +403,8 @@ def least_loss(
         bounds=optimize.Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
+    if found.status == 2:
+        raise ValueError("plan_latency: no choice meets both budgets; raise one of them")
     if found.x is None:
         raise RuntimeError(f"plan_latency: the solver failed: {found.message}")
     chosen, start = [], 0
