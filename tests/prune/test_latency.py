@@ -322,6 +322,12 @@ def test_without_scipy_it_says_how_to_get_it(monkeypatch):
         planned(budget_ms=9.0)
 
 
+def test_times_that_cannot_be_are_told(monkeypatch):
+    monkeypatch.setattr(latency, "_model_ms", lambda model, example_inputs: 1.0)
+    with pytest.warns(UserWarning, match=r"the dense layers take 1\.664 ms, the whole model 1 ms"):
+        planned(budget_ratio=1.0)
+
+
 def test_where_nothing_wins_dense_is_the_plan(monkeypatch):
     for spelling in SPEED:
         monkeypatch.setitem(SPEED, spelling, 0.9)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -105,7 +106,7 @@ class LatencyPlan(Mapping[str, "Pattern | None"]):
     dense_model_ms: float
     budget_ms: float | None = None
     budget_bytes: int | None = None
-    left_dense: Mapping[str, str] | None = None
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _patterns(self) -> dict[str, Pattern | None]:
@@ -353,6 +354,14 @@ def plan_latency(
             options.append(_option(pattern, time, dense_ms, losses.loss(name, pattern)))
         layers.append(PlannedLayer(name, tuple(options)))
     plan = LatencyPlan(tuple(layers), _model_ms(model, example_inputs), left_dense=reasons)
+    if plan.dense_ms > plan.dense_model_ms:
+        warnings.warn(
+            f"plan_latency: the dense layers take {plan.dense_ms:.4g} ms, the whole model "
+            f"{plan.dense_model_ms:.4g} ms, so the machine was busier for one than for the other; "
+            "predicted times are off. Measure anew: pass another cache=",
+            UserWarning,
+            stacklevel=2,
+        )
     if budget_ratio is not None:
         budget_ms = budget_ratio * plan.dense_model_ms
     return plan.solve(budget_ms, budget_bytes)
