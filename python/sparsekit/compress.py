@@ -83,8 +83,9 @@ class CompressionReport:
 
 
 def _sum(name: str, rows: Sequence[LayerSizes]) -> LayerSizes:
-    columns = (sum(column) for column in zip(*(row.sizes for row in rows), strict=True))
-    return LayerSizes(name, "", *columns, error=None)
+    columns = zip(*(row.sizes for row in rows), strict=True)
+    dense, int8, sparse, shared, coded = map(sum, columns)
+    return LayerSizes(name, "", dense, int8, sparse, shared, coded, None)
 
 
 def _ratio(dense: int, size: int) -> str:
