@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit import export, nn, preferences
+from sparsekit import export, interop, nn, preferences
 from sparsekit.codebook import Compression
 from sparsekit.compress import CompressionReport, apply_codebooks, compression_report
 from sparsekit.convert import ConvertReport, convert
@@ -42,6 +42,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "interop",
     "kernels",
     "linear",
     "load",
