@@ -128,7 +128,7 @@ def to_torch_bsr(packed: PackedWeight) -> Tensor:
     canonical = packed.canonical()
     assert canonical.crow_indices is not None
     return torch.sparse_bsr_tensor(
-        canonical.crow_indices, canonical.indices, canonical.values, shape
+        canonical.crow_indices, canonical.indices, canonical.values, shape, check_invariants=True
     ).to(packed.device)
 
 
