@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,7 +13,6 @@ from sparsekit import _native
 from sparsekit.codebook import Compression, Encoded, decode, encode
 from sparsekit.dispatch import table
 from sparsekit.nn.packed import PackedModule
-from sparsekit.pack import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CompressionReport:
     Attributes:
         compression: what was asked for.
         layers: the sparse layers.
-        rest: all other tensors of the model, which no column but the first changes.
+        rest: all other tensors of the model: as they are stored, but for `dense`.
     """
 
     compression: Compression
@@ -103,10 +103,7 @@ def compression_report(model: nn.Module, compress: Compression | int = 5) -> Com
         ValueError: the model has no sparse layer; the compression is none.
     """
     compression = Compression.of(compress)
-    layers = [
-        _sizes(name, packed, canonical, encoded)
-        for name, _, packed, canonical, encoded in _encoded(model, compression)
-    ]
+    layers = [_sizes(layer) for layer in _shared_layers(model, compression)]
     return CompressionReport(compression, layers, _rest(model))
 
 
@@ -130,47 +127,65 @@ def apply_codebooks(model: nn.Module, compress: Compression | int = 5) -> Compre
     """
     compression = Compression.of(compress)
     layers = []
-    for name, module, packed, canonical, encoded in _encoded(model, compression):
-        layers.append(_sizes(name, packed, canonical, encoded))
-        if encoded is not None:
-            shared = decode(encoded, canonical.pattern, canonical.shape, canonical.dtype)
-            parts = {"values": shared.values, "indices": shared.indices}
-            if shared.crow_indices is not None:
-                parts["crow_indices"] = shared.crow_indices
-            module.load_canonical(parts)
+    for layer in _shared_layers(model, compression):
+        layers.append(_sizes(layer))
+        shared = layer.shared
+        parts = {"values": shared.values, "indices": shared.indices}
+        if shared.crow_indices is not None:
+            parts["crow_indices"] = shared.crow_indices
+        layer.module.load_canonical(parts)
     return CompressionReport(compression, layers, _rest(model))
 
 
-def _encoded(
-    model: nn.Module, compression: Compression
-) -> Iterator[tuple[str, PackedModule, PackedWeight, _native.Canonical, Encoded | None]]:
+class _SharedLayer(NamedTuple):
+    """A sparse layer, its weight, and what a file makes of it; None: leaves it as it is."""
+
+    name: str
+    module: PackedModule
+    canonical: _native.Canonical
+    encoded: Encoded | None
+
+    @property
+    def shared(self) -> _native.Canonical:
+        was = self.canonical
+        return (
+            was if self.encoded is None else decode(self.encoded, was.pattern, was.shape, was.dtype)
+        )
+
+
+def _shared_layers(model: nn.Module, compression: Compression) -> Iterator[_SharedLayer]:
     found = [
         (name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)
     ]
     if not found:
         raise ValueError("compress: the model has no sparse layer; run sparsekit.convert first")
     for name, module in found:
-        packed = module.packed
-        canonical = packed.canonical()
-        yield name, module, packed, canonical, encode(canonical, compression)
+        canonical = module.packed.canonical()
+        yield _SharedLayer(name, module, canonical, encode(canonical, compression))
 
 
-def _sizes(
-    name: str, packed: PackedWeight, canonical: _native.Canonical, encoded: Encoded | None
-) -> LayerSizes:
-    weights, rows = math.prod(packed.shape), packed.shape[0]
+def _sizes(layer: _SharedLayer) -> LayerSizes:
+    weight, canonical, encoded = layer.module.packed, layer.canonical, layer.encoded
+    weights = math.prod(weight.shape)
     shared = coded = canonical.nbytes
     error = 0.0
     if encoded is not None:
         values = canonical.values.double()
-        now = decode(encoded, canonical.pattern, canonical.shape, canonical.dtype).values.double()
-        error = float((now - values).norm() / values.norm()) if bool(values.any()) else 0.0
+        norm = float(values.norm())
+        error = float((layer.shared.values.double() - values).norm()) / norm if norm else 0.0
         codes = -(-values.numel() * encoded.coding.bits // 8)
         shared = encoded.codebook.nbytes + codes + encoded.coding.position_bytes
         coded = encoded.nbytes
-    pattern = str(packed.pattern)
-    sparse = canonical.nbytes
-    return LayerSizes(name, pattern, 4 * weights, weights + 4 * rows, sparse, shared, coded, error)
+    return LayerSizes(
+        layer.name,
+        str(weight.pattern),
+        4 * weights,
+        weights + 4 * weight.shape[0],
+        canonical.nbytes,
+        shared,
+        coded,
+        error,
+    )
 
 
 def _rest(model: nn.Module) -> LayerSizes:
