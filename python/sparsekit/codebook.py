@@ -165,7 +165,7 @@ def encode(canonical: _native.Canonical, compression: Compression) -> Encoded | 
         return None
     groups, places = _by_codebook(canonical, compression.per)
     codebook = _codebooks(groups, 1 << compression.bits).to(canonical.dtype).sort(1).values
-    numbers = _nearest(groups, codebook.double())
+    numbers = _nearest(groups, codebook)
     codes = (numbers.flatten() if places is None else numbers[places]).to(torch.uint8).numpy()
     positions = _positions(canonical)
     coded, codes_by = _packed_bits(codes, compression.bits), PACKED
@@ -249,11 +249,11 @@ def _rows(values: Tensor, crow: Tensor | None) -> Tensor:
 def _by_codebook(
     canonical: _native.Canonical, per: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The values that share a codebook in each row, float64, +inf where there is none.
+    """The values that share a codebook in each row, float32, +inf where there is none.
 
     And where in it each value is; None: in their order. -0.0 becomes 0.0.
     """
-    values = canonical.values.double() + 0.0
+    values = canonical.values.float() + 0.0
     if per == "tensor":
         return values.view(1, -1), None
     if canonical.crow_indices is None:
@@ -263,26 +263,28 @@ def _by_codebook(
     order = row.argsort(stable=True)
     place = torch.empty_like(row)
     place[order] = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row[order]]
-    groups = torch.full((len(counts), int(counts.max())), torch.inf, dtype=torch.float64)
+    groups = torch.full((len(counts), int(counts.max())), torch.inf)
     groups[row, place] = values.flatten()
     return groups, (row, place)
 
 
 def _codebooks(groups: Tensor, entries: int) -> Tensor:
     """A codebook for each row: its values where there are no more than entries, else k-means."""
-    groups = groups.sort(1).values
+    groups = torch.from_numpy(np.sort(groups.numpy(), axis=1))  # three times as fast as torch's
     there = groups.isfinite()
     last = (there.sum(1, keepdim=True) - 1).clamp(min=0)
     largest = groups.gather(1, last).nan_to_num(posinf=0.0)  # of a row without values: 0
     groups = torch.where(there, groups, largest)
-    rank = (groups.diff(dim=1) != 0).cumsum(1)
-    rank = torch.cat([rank.new_zeros(len(rank), 1), rank], 1)
-    distinct = rank[:, -1] + 1
+    another = groups[:, 1:] != groups[:, :-1]
+    distinct = another.sum(1) + 1
     width = min(entries, int(distinct.max()))
-    books = largest.repeat(1, width).scatter_(1, rank.clamp(max=width - 1), groups)
-    many = distinct > entries
-    if bool(many.any()):
-        books[many] = _means(groups[many], there[many], entries)
+    books = largest.repeat(1, width).double()
+    few = distinct <= entries
+    if bool(few.any()):
+        rank = nn.functional.pad(another[few].cumsum(1), (1, 0))
+        books[few] = books[few].scatter_(1, rank, groups[few].double())
+    if not bool(few.all()):
+        books[~few] = _means(groups[~few], there[~few], entries)
     return books
 
 
@@ -293,13 +295,15 @@ def _means(groups: Tensor, there: Tensor, entries: int) -> Tensor:
     """
     counted = there & (groups != 0)
     zero = (there & ~counted).any(1, keepdim=True)
-    sums = nn.functional.pad(torch.where(counted, groups, 0.0).cumsum(1), (1, 0))
+    values = torch.where(counted, groups, 0.0)
+    sums = nn.functional.pad(values.cumsum(1, dtype=torch.float64), (1, 0))
     counts = nn.functional.pad(counted.cumsum(1), (1, 0))
-    centers = _first_centers(groups, counted, entries, zero)
+    centers = _first_centers(groups, counted, counts, entries, zero)
     edges = counts.new_zeros(len(groups), entries + 1)
     edges[:, -1] = groups.shape[1]
     for _ in range(_ITERATIONS):
-        cuts = torch.searchsorted(groups, (centers[:, 1:] + centers[:, :-1]) / 2, right=True)
+        middles = (centers[:, 1:] + centers[:, :-1]) / 2
+        cuts = torch.searchsorted(groups, middles.float(), right=True)
         if torch.equal(cuts, edges[:, 1:-1]):
             break
         edges[:, 1:-1] = cuts
@@ -308,20 +312,22 @@ def _means(groups: Tensor, there: Tensor, entries: int) -> Tensor:
     return centers.masked_fill(centers.isinf(), 0.0)
 
 
-def _first_centers(groups: Tensor, counted: Tensor, entries: int, zero: Tensor) -> Tensor:
+def _first_centers(
+    groups: Tensor, counted: Tensor, counts: Tensor, entries: int, zero: Tensor
+) -> Tensor:
     """Half of them evenly spaced, which holds the few large weights; half at quantiles.
 
     The paper starts from evenly spaced ones alone. Measured on a sentence encoder at 2:4 and 5
     bits, that errs by 8 % of the weights, quantiles alone by 5 %, both by 6 % in shorter codes.
     """
     even, rest = entries // 2, entries - entries // 2
-    low = torch.where(counted, groups, torch.inf).amin(1, keepdim=True)
-    high = torch.where(counted, groups, -torch.inf).amax(1, keepdim=True)
+    low = torch.where(counted, groups, torch.inf).amin(1, keepdim=True).double()
+    high = torch.where(counted, groups, -torch.inf).amax(1, keepdim=True).double()
     spaced = low + (high - low) * torch.arange(even, dtype=torch.float64) / (even - 1)
     share = (torch.arange(rest, dtype=torch.float64) + 0.5) / (rest - zero.double())
-    running = counted.cumsum(1)
+    running = counts[:, 1:]
     rank = (share * running[:, -1:]).long() + 1
-    place = torch.searchsorted(running, rank).clamp(max=groups.shape[1] - 1)
+    place = torch.searchsorted(running.contiguous(), rank).clamp(max=groups.shape[1] - 1)
     # The place of a 0 is kept free at infinity, where no value is nearest.
     quantiles = groups.gather(1, place).masked_fill(share > 1, torch.inf)
     return torch.cat([spaced, quantiles], 1).sort(1).values
@@ -329,7 +335,8 @@ def _first_centers(groups: Tensor, counted: Tensor, entries: int, zero: Tensor) 
 
 def _nearest(groups: Tensor, books: Tensor) -> Tensor:
     """The nearest entry of a row's ascending codebook; of two, the lower one."""
-    return torch.searchsorted((books[:, 1:] + books[:, :-1]) / 2, groups)
+    books = books.double()  # in which the middle of two float32 is neither of them
+    return torch.searchsorted((books[:, 1:] + books[:, :-1]) / 2, groups.double(), out_int32=True)
 
 
 # --- positions --------------------------------------------------------------------------------

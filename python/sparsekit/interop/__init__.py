@@ -4,13 +4,13 @@
 wrote them; the functions below do one of them each. What comes out is what `sparsekit.convert`,
 `sparsekit.pack` and `sparsekit.prune.hold_masks` take.
 
-| from | to |
-| --- | --- |
-| ASP (NVIDIA apex): `from_asp` | |
-| `torch.nn.utils.prune`: `from_torch_prune` | `to_torch_prune` |
-| torch's semi-structured, BSR, CSR and COO tensors: `from_torch_sparse` | `to_torch_semi_structured`, `to_torch_bsr` |
-| compressed-tensors, `sparse-24-bitmask` and `sparse-bitmask`: `from_compressed_tensors` | `to_compressed_tensors` |
-"""  # noqa: E501
+- ASP (NVIDIA apex): `from_asp`.
+- `torch.nn.utils.prune`: `from_torch_prune`, `to_torch_prune`.
+- torch's semi-structured, BSR, CSR and COO tensors: `from_torch_sparse`, `to_torch_bsr`,
+  `to_torch_semi_structured`.
+- Checkpoints of compressed-tensors with bitmasks: `from_compressed_tensors`,
+  `to_compressed_tensors`.
+"""
 
 from sparsekit.interop.bitmask import from_compressed_tensors, to_compressed_tensors
 from sparsekit.interop.imported import Imported

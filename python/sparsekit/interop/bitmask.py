@@ -5,9 +5,9 @@ Of a pruned weight `<layer>.weight` such a file holds
 - `<layer>.bitmask`, uint8 `[n, ceil(k / 8)]`: a bit for each weight, least significant first, set
   where it is kept;
 - `<layer>.shape`, int64: n and k;
-- `<layer>.compressed`: the kept weights row by row, as `[n, k / 2]` in the format
-  `sparse-24-bitmask`, where every four consecutive ones keep two, and flat in `sparse-bitmask`,
-- where also `<layer>.row_offsets`, int64 `[n]`, says where each row starts.
+- `<layer>.compressed`: the kept weights row by row, `[n, k / 2]` in the format `sparse-24-bitmask`
+  (2:4), flat in `sparse-bitmask`;
+- in `sparse-bitmask` also `<layer>.row_offsets`, int64 `[n]`: where each row starts in them.
 
 The package itself dropped both formats in 2026 and is not needed.
 """

@@ -19,7 +19,7 @@ def read(source: nn.Module | State | str | Path) -> Imported:
 
     Knows ASP's masks, `torch.nn.utils.prune`, torch's sparse tensors and the bitmask formats of
     compressed-tensors, also several of them in one model; what is none of them stays as it is. Then
-    `sparsekit.convert` finds the patterns in the zeros:
+    `sparsekit.convert` finds the patterns in the zeros::
 
         masks = sk.interop.read(model).masks
         sk.convert(model, example_inputs=x)

@@ -224,7 +224,7 @@ def _placed(packed: Tensor, codes: Tensor, single: bool) -> tuple[Tensor, Tensor
         places[code] = torch.tensor(place, device=codes.device)
     where = places[codes]  # [n, groups, values of a group]
     dense = packed.new_zeros(n, codes.shape[1], size)
-    dense.scatter_(2, where, packed.detach().view(where.shape))
+    dense.scatter_(2, where, packed.detach().reshape(where.shape))
     mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(2, where, True)
     return dense.flatten(1), mask.flatten(1)
 
@@ -239,6 +239,7 @@ def to_torch_semi_structured(packed: PackedWeight, device: torch.device | str = 
 
     Raises:
         ValueError: another pattern, a convolution, or no GPU.
+        RuntimeError: torch refuses the sides or the dtype.
     """
     pattern, wanted = packed.pattern, NM(1, 2) if packed.dtype == torch.float32 else NM(2, 4)
     if (
