@@ -13,7 +13,8 @@ import types
 from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
 from sparsekit.prune.latency import LatencyPlan, plan_latency
-from sparsekit.prune.masks import HeldMasks, hold_masks
+from sparsekit.prune.lottery import find_lottery_ticket
+from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
@@ -21,6 +22,7 @@ from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.scan import SensitivityReport, SensitivityRow
 from sparsekit.prune.sensitivity import sensitivity
+from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
 __all__ = [
     "ALLOCATIONS",
@@ -28,6 +30,7 @@ __all__ = [
     "METHODS",
     "OWL",
     "RECONSTRUCTIONS",
+    "TRAINING_METHODS",
     "DistillReport",
     "HeldMasks",
     "LatencyPlan",
@@ -37,14 +40,19 @@ __all__ = [
     "Sensitivity",
     "SensitivityReport",
     "SensitivityRow",
+    "SparseTraining",
     "distill",
+    "find_lottery_ticket",
     "find_permutation",
     "hold_masks",
     "kept_share",
+    "load_masks",
     "permute_channels",
     "plan_latency",
     "prune",
+    "save_masks",
     "sensitivity",
+    "train_sparse",
 ]
 
 

@@ -21,7 +21,7 @@ from sparsekit.patterns import NM, BlockSparse, Pattern, at_density, parse_patte
 from sparsekit.prune.calibration import Batch, Calibration
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import Method
-from sparsekit.prune.reconstruct import ReconstructionOptions, score_groups
+from sparsekit.prune.reconstruct import ReconstructionOptions, bind, score_groups
 from sparsekit.prune.scan import SCAN_BATCHES, PruneLayer, SensitivityReport, scan
 
 _UNSTRUCTURED = BlockSparse((1, 1))
@@ -38,6 +38,7 @@ class DenseModel:
         method: its score, and what that needs.
         options: of the reconstruction.
         prune_layer: prunes one layer in place, by the method.
+        statistics: layer name -> what the method found beforehand.
         cache_bytes: as for `prune`.
         pixels: as for `prune`.
         progress: show progress bars.
@@ -49,6 +50,7 @@ class DenseModel:
     method: Method
     options: ReconstructionOptions
     prune_layer: PruneLayer
+    statistics: Mapping[str, Tensor]
     cache_bytes: int
     pixels: int
     progress: bool
@@ -222,7 +224,7 @@ def global_threshold(budget: Budget) -> list[float]:
     """
     dense = budget.dense
     each: Iterator[tuple[Layer, Tensor | None]]
-    if dense.method.needs_calibration:
+    if dense.method.reads_inputs:
         each = budget.moments("'global' with this method")
     else:
         each = ((layer, None) for layer in budget.layers)
@@ -232,7 +234,11 @@ def global_threshold(budget: Budget) -> list[float]:
         per_group: Sequence[Tensor | None] = [None] * len(weight)
         if moments is not None:
             per_group = list(layer.pad_moments(moments, budget.pattern))
-        found = score_groups(weight, dense.method.score, per_group, dense.options)
+        statistic = dense.statistics.get(layer.name)
+        if statistic is not None:
+            statistic = layer.matrices(statistic.to(weight.device), budget.pattern)
+        ranks = bind(dense.method.score, statistic, len(weight))
+        found = score_groups(weight, ranks, per_group, dense.options)
         scores[layer.name] = budget.tile_scores(found)
     return budget.by_largest(scores)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.patterns import Pattern, PatternLike, parse_pattern
 from sparsekit.prune.api import check_weight, choose_method, layer_pruner
@@ -16,6 +16,7 @@ from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import ReconstructionOptions
 from sparsekit.prune.recover import LOSSES
 from sparsekit.prune.scan import SCAN_BATCHES, Evaluate, SensitivityReport, scan
+from sparsekit.prune.scores import Unpruned
 from sparsekit.prune.targets import choose_layers
 
 
@@ -36,6 +37,7 @@ def sensitivity(
     dampening: float = 0.01,
     cache_bytes: int = CACHE_BYTES,
     pixels: int = PIXELS,
+    seed: int = 0,
     progress: bool = True,
 ) -> SensitivityReport:
     """Prune one layer at a time, and measure what the model loses by it.
@@ -65,6 +67,7 @@ def sensitivity(
         dampening: as for `prune`.
         cache_bytes: as for `prune`.
         pixels: as for `prune`.
+        seed: as for `prune`.
         progress: show a progress bar.
 
     Raises:
@@ -89,21 +92,29 @@ def sensitivity(
     batches = None if calibration is None else read_batches(calibration, loss=loss)
     todo: dict[str, tuple[Layer, list[Pattern]]] = {}
     skipped: dict[str, str] = {}
+    statistics: dict[Pattern, Mapping[str, Tensor]] = {}
     for pattern in dict.fromkeys(map(parse_pattern, given)):
         chosen, dense = choose_layers(model, pattern, targets, ignore)
         skipped.update({name: reason for name, (_, reason) in dense.items()})
+        for layer, _ in chosen.values():
+            check_weight(layer)
+        statistics[pattern] = {}
+        if chosen_method.statistic is not None:
+            unpruned = Unpruned(model, chosen, batches or (), seed)
+            statistics[pattern] = chosen_method.statistic(unpruned)
+            lost = [name for name in chosen if name not in statistics[pattern]]
+            skipped.update(dict.fromkeys(lost, "no gradient reaches it"))
+            chosen = {name: each for name, each in chosen.items() if name not in lost}
         for name, (layer, _) in chosen.items():
             todo.setdefault(name, (layer, []))[1].append(pattern)
-    for layer, _ in todo.values():
-        check_weight(layer)
     report = scan(
         model,
         todo,
-        layer_pruner(chosen_method, solve, options),
+        layer_pruner(chosen_method, solve, options, statistics.__getitem__),
         method,
         batches,
         evaluate,
-        chosen_method.needs_calibration or name != "none",
+        chosen_method.reads_inputs or name != "none",
         distance,
         scan_batches,
         cache_bytes,
