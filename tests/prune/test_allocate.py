@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
-from sparsekit.prune import ALLOCATIONS, OWL, Sensitivity, prune, sensitivity
+from sparsekit.prune import ALLOCATIONS, METHODS, OWL, Sensitivity, prune, sensitivity
 from sparsekit.prune.allocate import fit
 from sparsekit.prune.scan import SensitivityReport, SensitivityRow
 
@@ -390,3 +390,22 @@ def test_nm_and_vectors_of_one_report_are_kept_apart():
     report = sensitivity(model, ["1:4", "2:4", "3:4", "1:4v4"], x, progress=False)
     done = prune(model, "2:4", allocation=Sensitivity(report), progress=False)
     assert all(NM(2, 4).vector == parse_pattern(row.pattern).vector for row in done.layers)
+
+
+@pytest.mark.parametrize("allocation", ["global", "sensitivity"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_spread(method, allocation):
+    pattern = BlockSparse((4, 4), 0.6)
+    options = {
+        "calibration": images(10),
+        "loss": lambda model, x: model(x).square().mean(),
+        "progress": False,
+        "reconstruction": "none",
+    }
+    report = prune(small(), pattern, method, allocation=allocation, **options)
+    uniform = prune(small(), pattern, method, **options)
+    kept = kept_blocks(pattern, report.masks)
+    for layer in report.layers:
+        if layer.pattern is None and layer.reason.startswith("its allocation"):
+            kept += kept_blocks(pattern, {layer.name: torch.ones(layer.shape, dtype=torch.bool)})
+    assert kept == kept_blocks(pattern, uniform.masks)

@@ -112,6 +112,23 @@ def test_each_row_is_what_pruning_that_layer_alone_does(method):
             assert row.sparsity == pytest.approx(zeros)
 
 
+@pytest.mark.parametrize("method", ["taylor", "random", "fpgm"])
+def test_statistics_of_the_dense_model_are_used(method):
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    data = batches()
+    report = sensitivity(
+        Fragile(), ["1:4", "2:4"], data, method=method, loss=loss, seed=3, progress=False
+    )
+    for row in report.rows[-4:]:
+        model = Fragile().eval()
+        prune(model, row.pattern, method, data, row.layer, progress=False, loss=loss, seed=3)
+        with torch.no_grad():
+            after = sum(float(loss(model, x)) for x in data) / 3
+        assert row.loss == pytest.approx(after - report.dense, rel=1e-3, abs=1e-3)
+
+
 def test_finished_blocks_are_not_computed_again():
     model, runs = Fragile(blocks=6), []
     model.blocks[0][1].register_forward_hook(lambda *_: runs.append(1))
