@@ -132,6 +132,11 @@ def test_each_pattern_of_a_mapping_has_a_budget_of_its_own():
     assert kept[:2] != [64, 32]
 
 
+def test_a_pattern_that_keeps_everything_is_left_alone():
+    report = prune(mlp(8, 8, 8), "bsr4x4@0.0", allocation="erk", progress=False)
+    assert [layer.pattern for layer in report.layers] == ["bsr4x4@0.0"] * 2
+
+
 def test_a_layer_that_keeps_everything_stays_dense():
     model = mlp(4, 4, 200, 200)
     dense = model[0].weight.detach().clone()

@@ -412,6 +412,8 @@ def allocate(
         if len(layers) == 1:
             continue
         budget = Budget(dense, pattern, layers)
+        if budget.kept == sum(budget.sizes):
+            continue
         _check_spread(budget)
         steps = fit(_densities(spread, budget), budget.steps, budget.tiles, budget.kept)
         for layer, step, most in zip(layers, steps, budget.steps, strict=True):

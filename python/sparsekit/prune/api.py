@@ -321,6 +321,11 @@ def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
 
 
 def check_weight(layer: Layer) -> None:
+    """Refuse a weight that is empty or not finite.
+
+    Raises:
+        ValueError: it is.
+    """
     weight = layer.weight
     if weight.numel() == 0:
         raise ValueError(
