@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from sparsekit.demo.report import Table
+from sparsekit.patterns import parse_pattern
 
 Results = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
@@ -97,38 +98,41 @@ def _by_pattern(title: str, rows: Iterable[tuple[Mapping[str, Any], float]], not
     return Table(title, ("method", *(f">{pattern}" for pattern in patterns)), lines, note=note)
 
 
+_STAGES = (
+    ("after", "statistics", "after training, at once"),
+    ("after", "recovered", "after training, trained on"),
+    ("before", "recovered", "before training"),
+    ("during", "recovered", "during training"),
+)
+
+
 def plot_sparsity(results: Results, path: Path) -> None:
     """Accuracy against sparsity, unstructured, one line for each method, by stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    from sparsekit.patterns import parse_pattern
-
-    stages = (
-        ("after", "statistics", "after training, at once"),
-        ("after", "recovered", "after training, trained on"),
-        ("before", "recovered", "before training"),
-        ("during", "recovered", "during training"),
-    )
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    for axes, (when, stage, title) in zip(figure.subplots(1, len(stages)), stages, strict=True):
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    for axes, (when, stage, title) in zip(figure.subplots(1, len(_STAGES)), _STAGES, strict=True):
         lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for asked, found in results:
             if asked["study"] != "digits" or asked["when"] != when:
                 continue
             if asked["pattern"].startswith("bsr1x1") and asked["allocation"] == "uniform":
-                sparsity = parse_pattern(asked["pattern"]).sparsity
-                lines[method_name(asked)][sparsity].append(found[stage])
+                zeros = 100 * parse_pattern(asked["pattern"]).sparsity
+                lines[method_name(asked)][zeros].append(100 * found[stage])
         for number, (method, points) in enumerate(lines.items()):
             x = sorted(points)
-            y = [100 * mean(points[each]) for each in x]
-            error = [100 * stdev(points[each]) if len(points[each]) > 1 else 0 for each in x]
-            style = "o-" if number < 10 else "s--"
-            axes.errorbar([100 * each for each in x], y, error, fmt=style, capsize=2, label=method)
+            error = [stdev(points[each]) if len(points[each]) > 1 else 0.0 for each in x]
+            axes.errorbar(
+                x,
+                [mean(points[each]) for each in x],
+                error,
+                fmt="o-" if number < 10 else "s--",
+                capsize=2,
+                label=method,
+            )
         axes.set_title(title)
         axes.set_xlabel("zeros in the blocks' convolutions [%]")
-        axes.legend(fontsize=7)
+        if lines:
+            axes.legend(fontsize=7)
     figure.axes[0].set_ylabel("accuracy on unseen digits [%]")
     figure.savefig(path, dpi=110)
