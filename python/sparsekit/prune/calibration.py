@@ -142,6 +142,8 @@ class Calibration:
         self._batches = batches
         self._cache_left = cache_bytes
         self._current = 0
+        self.count = 0
+        """Tokens or patches that the last `moments` are the mean of."""
         self._played: dict[nn.Module, _Playback] = {}
         self._training = [module for module in model.modules() if module.training]
         model.eval()
@@ -209,6 +211,7 @@ class Calibration:
                 f"calibration: the inputs of layer {layer.name!r} hold NaN or infinity; "
                 "check the batches, or compute in a wider dtype"
             )
+        self.count = count
         return total.div_(count)
 
     def done(self, group: Group) -> None:
