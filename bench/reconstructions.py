@@ -74,7 +74,7 @@ class Result:
     Attributes:
         choice: Key of `CHOICES`.
         error: Change of its outputs, relative to them.
-        seconds: Of choosing mask and values.
+        seconds: Of the processor, on all threads, to choose mask and values.
     """
 
     network: str
@@ -137,7 +137,7 @@ def measure(problem: Problem, pattern: str, choice: str) -> Result:
     wanted, layer = parse_pattern(pattern), problem.layer
     weights = layer.matrices(layer.weight, wanted)
     moments = layer.pad_moments(problem.moments, wanted)
-    began = time.perf_counter()
+    began = time.process_time()
     pruned, _ = reconstruct(
         RECONSTRUCTIONS[reconstruction],
         weights,
@@ -146,7 +146,7 @@ def measure(problem: Problem, pattern: str, choice: str) -> Result:
         moments,
         ReconstructionOptions(),
     )
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     error = relative_error(weights, pruned, moments)
     shape = tuple(layer.weight.shape)
     return Result(problem.network, layer.name, shape, pattern, choice, error, seconds)
@@ -226,8 +226,9 @@ def main(given: Sequence[str] | None = None) -> None:
         f"# Reconstructions: {date}",
         "",
         f"torch {where['torch']}, {where['cpu']}, {torch.get_num_threads()} threads. Change of a "
-        "layer's outputs relative to them, ‖(W - W')X‖ / ‖WX‖, and seconds to choose its mask and "
-        "values once its inputs are known. Every layer is pruned alone, from dense inputs.",
+        "layer's outputs relative to them, ‖(W - W')X‖ / ‖WX‖, and the processor's seconds, on all "
+        "threads, to choose its mask and values once its inputs are known. Every layer is pruned "
+        "alone, from dense inputs.",
         "",
     ]
     for table in found_tables:

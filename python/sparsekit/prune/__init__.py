@@ -17,6 +17,7 @@ from sparsekit.prune.permute import find_permutation, kept_share, permute_channe
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.structured import PrunedGroup, StructuredReport, prune_structured
 
 __all__ = [
     "LOSSES",
@@ -26,13 +27,16 @@ __all__ = [
     "HeldMasks",
     "Method",
     "PruneReport",
+    "PrunedGroup",
     "PrunedLayer",
+    "StructuredReport",
     "distill",
     "find_permutation",
     "hold_masks",
     "kept_share",
     "permute_channels",
     "prune",
+    "prune_structured",
 ]
 
 
