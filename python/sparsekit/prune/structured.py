@@ -301,6 +301,7 @@ class _Groups:
         self._graphs = graphs
         self._model = model
         self.names = {module: name for name, module in model.named_modules()}
+        self._order = {name: place for place, name in enumerate(self.names.values())}
         returned: list[Any] = []
 
         def forward(traced: nn.Module, _: Any) -> Any:
@@ -355,6 +356,7 @@ class _Groups:
                     reason = f"what would be left of {before} is no multiple of {step}"
             members = tuple(layers), tuple(readers)
             out.append(_Cut(self.graph, group, *members, before, kept, unit, attention, reason))
+        out.sort(key=lambda cut: self._order[cut.layers[0]])
         if all(cut.reason for cut in out):
             why = "; ".join(f"{cut.layers[0]}: {cut.reason}" for cut in out[:5])
             raise ValueError(
@@ -390,7 +392,9 @@ class _Groups:
                 continue
             out = self.graph.is_out_channel_pruning_fn(dep.handler)
             (layers if out else readers).append(name)
-        return layers, readers
+        return sorted(layers, key=self._order.__getitem__), sorted(
+            readers, key=self._order.__getitem__
+        )
 
     def _stays(self, group: Any, layers: Sequence[str], choice: _Choice) -> str:
         """Why the structure of a group forbids to cut it."""
