@@ -289,6 +289,22 @@ def test_a_model_that_breaks_is_given_back_whole(wrong, message):
     assert model.training
 
 
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.output = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        x = self.query(x)
+        rotated = torch.cat((-x[..., 16:], x[..., :16]), dim=-1)
+        return self.output(0.6 * x + 0.8 * rotated)
+
+
+def test_rotary_embeddings_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"cannot follow this model .*rotates channels"):
+        prune_structured(Rotary(), torch.randn(2, 8), sparsity=0.5)
+
+
 def test_without_the_library_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"torch-pruning.*sparsekit-kernels\[prune\]"):

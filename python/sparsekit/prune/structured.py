@@ -313,6 +313,7 @@ class _Groups:
                 self.graph = graphs.DependencyGraph().build_dependency(
                     model, None, forward_fn=forward, verbose=False
                 )
+                _refuse_rotations(self.graph.module2node.values())
                 self._groups = list(
                     self.graph.get_all_groups(root_module_types=[nn.Conv1d, nn.Conv2d, nn.Linear])
                 )
@@ -501,6 +502,26 @@ class _Cut:
             sums = score.flatten(1).sum(1, dtype=torch.float64).cpu()
             total.index_add_(0, torch.tensor(item.root_idxs), sums[torch.tensor(item.idxs)])
         return total
+
+
+def _refuse_rotations(nodes: Iterable[Any]) -> None:
+    """Refuse rotary embeddings, on which the library's search for groups does not end.
+
+    They cut a tensor along a dimension and join the parts along the same one in another order.
+    """
+    for joined in nodes:
+        if type(joined.module).__name__ != "_ConcatOp":
+            continue
+        dim = getattr(joined.grad_fn, "_saved_dim", None)
+        sources: list[Any] = []
+        for part in joined.inputs:
+            while type(part.module).__name__ == "_ElementWiseOp" and len(part.inputs) == 1:
+                part = part.inputs[0]
+            # Autograd keeps a negative dimension as an unsigned number.
+            if type(part.module).__name__ == "_SliceOp" and (dim == part.module.dim or dim >> 63):
+                sources += part.inputs
+        if len(sources) > len(set(sources)):
+            raise NotImplementedError("it rotates channels, as rotary position embeddings do")
 
 
 def _kept(before: int, unit: int, sparsity: float, round_to: int) -> int:
