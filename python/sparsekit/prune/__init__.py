@@ -11,6 +11,7 @@ import sys
 import types
 
 from sparsekit.prune.api import prune
+from sparsekit.prune.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
@@ -23,12 +24,14 @@ __all__ = [
     "LOSSES",
     "METHODS",
     "RECONSTRUCTIONS",
+    "BlocksReport",
     "DistillReport",
     "HeldMasks",
     "Method",
     "PruneReport",
     "PrunedGroup",
     "PrunedLayer",
+    "ReconstructedBlock",
     "StructuredReport",
     "distill",
     "find_permutation",
@@ -37,6 +40,7 @@ __all__ = [
     "permute_channels",
     "prune",
     "prune_structured",
+    "reconstruct_blocks",
 ]
 
 

@@ -162,7 +162,7 @@ def distill(
     _require_objective(teacher, loss, hidden, bool(names) or output_weight != 0)
     compare = _loss(output_loss)
     read = _default_output if output is None else output
-    trained = _trained(student, masks, train)
+    trained = trained_parameters(student, masks, train)
     dtype = _faster_dtype(trained[0]) if autocast == "auto" else autocast
     make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr))
     losses: list[float] = []
@@ -189,7 +189,7 @@ def distill(
             if max_seconds is not None:
                 share = max(share, spent / max_seconds)
             for parameter_group in solver.param_groups:
-                parameter_group["lr"] = lr * _schedule(share, warmup, total)
+                parameter_group["lr"] = lr * rate_at(share, warmup, total)
             batch = data[len(losses) % len(data)]
             error = torch.zeros((), device=trained[0].device)
             pair = None
@@ -200,14 +200,14 @@ def distill(
                         wanted = read(of_teacher.returned, batch) if output_weight else None
                 task = batch(student)
                 if of_teacher is not None and wanted is not None:
-                    pair = _real(read(of_student.returned, batch), wanted, batch)
+                    pair = without_padding(read(of_student.returned, batch), wanted, batch)
             if loss is not None:
                 error = error + loss_weight * _scalar(task)
             if pair is not None:
                 error = error + output_weight * compare(*pair)
             if of_teacher is not None:
                 for name in names:
-                    states = _real(of_student[name], of_teacher[name], batch)
+                    states = without_padding(of_student[name], of_teacher[name], batch)
                     error = error + hidden_weight / len(names) * relative_mse(*states)
             value = error.item()
             if not math.isfinite(value):
@@ -253,7 +253,7 @@ def _scalar(task: Any) -> Tensor:
     return task.to(torch.promote_types(task.dtype, torch.float32))
 
 
-def _schedule(share: float, warmup: float, total: int) -> float:
+def rate_at(share: float, warmup: float, total: int) -> float:
     """Learning rate factor at `share` of the run: linear rise, cosine fall."""
     # The first step must not be lost to a rate of exactly zero.
     rise = 1.0 if warmup <= 0 else min(1.0, (share + 1.0 / total) / warmup)
@@ -277,7 +277,7 @@ def _hidden_names(student: nn.Module, teacher: nn.Module, hidden: str | Sequence
     return [name for name in names if any(match(name, e) for e in expressions)]
 
 
-def _trained(
+def trained_parameters(
     student: nn.Module, masks: Mapping[str, Tensor], train: str | Sequence[str] | None
 ) -> list[nn.Parameter]:
     if train is None:
@@ -312,7 +312,7 @@ def _default_output(returned: Any, batch: Batch) -> Tensor:
     return returned
 
 
-def _real(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def without_padding(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Both without padding tokens, in float32 or wider."""
     mask = batch.token_mask
     if mask is not None and student.dim() > 2 and student.shape[:2] == mask.shape:

@@ -512,7 +512,7 @@ def _refuse_rotations(nodes: Iterable[Any]) -> None:
     for joined in nodes:
         if type(joined.module).__name__ != "_ConcatOp":
             continue
-        dim = getattr(joined.grad_fn, "_saved_dim", None)
+        dim: int = getattr(joined.grad_fn, "_saved_dim", 0)
         sources: list[Any] = []
         for part in joined.inputs:
             while type(part.module).__name__ == "_ElementWiseOp" and len(part.inputs) == 1:
