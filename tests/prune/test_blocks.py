@@ -177,6 +177,19 @@ def test_refusals(pair, arguments, message):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
 
 
+def test_a_batch_that_leaves_a_block_out_is_refused(pair):
+    student, teacher, masks = pair
+    for model in (student, teacher):
+        model.forward = lambda x, short=False, model=model: (
+            model.blocks[0](x) if short else Net.forward(model, x)
+        )
+    with pytest.raises(ValueError, match=r"batch 1 does not run block 'blocks\.1'"):
+        reconstruct_blocks(
+            student, teacher, [batches_of(1), (batches_of(1)[0], True)], masks, blocks=BLOCKS,
+            steps=1, progress=False,
+        )  # fmt: skip
+
+
 def test_a_block_that_returns_no_tensor_is_refused(pair):
     student, teacher, masks = pair
     for model in (student, teacher):

@@ -289,6 +289,26 @@ def test_a_model_that_breaks_is_given_back_whole(wrong, message):
     assert model.training
 
 
+class OneProjection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.output = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.down(torch.relu(self.up(self.output(x))))
+
+
+def test_heads_of_one_projection_stay():
+    report = prune_structured(OneProjection(), torch.randn(2, 5, 32), sparsity=0.5)
+    reasons = {group.layers[0]: group.reason for group in report.groups}
+    assert "from a layer each" in reasons["qkv"]
+    assert {n for n, reason in reasons.items() if not reason} == {"output", "up"}
+
+
 class Rotary(nn.Module):
     def __init__(self):
         super().__init__()
