@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sparsekit.patterns import Pattern, PatternChoice
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.methods import METHODS, Method
+from sparsekit.prune.methods import METHODS
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
@@ -24,7 +24,7 @@ from sparsekit.prune.reconstruct import (
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
-from sparsekit.prune.scores import Unpruned
+from sparsekit.prune.scores import Score, Unpruned
 from sparsekit.prune.targets import choose_layers
 
 
@@ -122,12 +122,12 @@ def prune(
             dense[layer_name] = (layer.modules[0], "no gradient reaches it")
         if not chosen:
             raise ValueError(
-                "prune: no gradient reaches any of the layers to prune; the output, or the loss, "
-                "must depend on them"
+                "prune: no gradient reaches any of the layers to prune; compute the loss from the "
+                "model's output, without torch.no_grad() or .detach()"
             )
     patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
     layers = [layer for layer, _ in chosen.values()]
-    run = _Run(patterns, chosen_method, statistics, solve, options)
+    run = _Run(patterns, chosen_method.score, solve, options, statistics)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
         def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
@@ -159,15 +159,15 @@ class _Run:
     def __init__(
         self,
         patterns: Mapping[str, Pattern],
-        method: Method,
-        statistics: Mapping[str, Tensor],
+        score: Score,
         solve: Reconstruction,
         options: ReconstructionOptions,
+        statistics: Mapping[str, Tensor],
     ) -> None:
         self.done: list[PrunedLayer] = []
         self.masks: dict[str, Tensor] = {}
         self._patterns = patterns
-        self._score = method.score
+        self._score = score
         self._statistics = statistics
         self._solve = solve
         self._options = options

@@ -77,15 +77,17 @@ def _mean_of(what: Callable[[Tensor], Tensor], model: Unpruned) -> dict[str, Ten
             )
             stack.callback(hook.remove)
         for index, batch in enumerate(model.batches):
-            # Into these weights alone: the loss may hold others, of a teacher for instance.
-            _loss_of(batch, model.module, index).backward(inputs=list(weights.values()))
-    for name, total in totals.items():
-        if not bool(total.isfinite().all()):
+            loss = _loss_of(batch, model.module, index)
+            if loss.requires_grad:
+                # Into these weights alone: the loss may hold others, of a teacher for instance.
+                loss.backward(inputs=list(weights.values()))
+    for name in weights:
+        if name in totals and not bool(totals[name].isfinite().all()):
             raise ValueError(
                 f"gradients: the gradient of layer {name!r} holds NaN or infinity, the losses do "
                 "not; check the loss, or compute in a wider dtype"
             )
-    return {name: total.div_(len(model.batches)) for name, total in totals.items()}
+    return {name: totals[name].div_(len(model.batches)) for name in weights if name in totals}
 
 
 def _loss_of(batch: Batch, model: nn.Module, index: int) -> Tensor:
@@ -99,13 +101,8 @@ def _loss_of(batch: Batch, model: nn.Module, index: int) -> Tensor:
         )
     if not bool(loss.isfinite()):
         raise ValueError(
-            f"gradients: batch {index} gives the loss {float(loss)}; check the batch and its "
+            f"gradients: batch {index} gives the loss {loss.item()}; check the batch and its "
             "labels, or compute in a wider dtype"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"gradients: the loss of batch {index} does not depend on any of the layers to prune; "
-            "compute it from the model's output, without torch.no_grad() or .detach()"
         )
     return loss
 

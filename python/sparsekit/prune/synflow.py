@@ -14,6 +14,7 @@ made so, which the paper leaves open for anything but batch norm:
   their input by a constant to at most 1, softmax scales each row of it to the sum 1;
 - batch norm is the scaling by γ / √(running variance + ε); the other norms divide by the root
   mean square and multiply by γ, all without shifts;
+- a γ that is zero throughout, as some networks start with, counts as one;
 - biases are left out; embeddings put out ones, so that it does not matter which tokens a batch
   holds.
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparsekit.patterns import BlockSparse, Pattern, at_density
+from sparsekit.patterns import NM, BlockSparse, Pattern, at_density
 from sparsekit.prune.calibration import Batch
 from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.layers import Layer
@@ -71,7 +72,7 @@ def synflow(model: Unpruned) -> dict[str, Tensor]:
             parties = [_Party([layer], pattern) for layer, pattern in reached.values()]
         for number in range(1, ROUNDS + 1):
             steps = [party.step(number / ROUNDS) for party in parties]
-            if any(steps):
+            if any(step is not None for step in steps):
                 flows = saliency()
                 for party, step in zip(parties, steps, strict=True):
                     party.prune(flows, step)
@@ -95,7 +96,12 @@ class _Party:
         density = (1.0 - self._final.sparsity) ** progress
         if self._compete:
             return density
-        pattern = self._final if progress == 1.0 else at_density(self._final, density)
+        if progress == 1.0:
+            pattern: Pattern | None = self._final
+        elif isinstance(self._final, NM | BlockSparse):
+            pattern = at_density(self._final, density)
+        else:  # a pattern of which no denser one is known
+            pattern = None
         size: object = pattern
         if isinstance(pattern, BlockSparse):
             (layer,) = self._layers
@@ -209,30 +215,37 @@ class _Done(Exception):
 def _flow(model: nn.Module, batch: Batch) -> Tensor:
     """R: the sum of the model's outputs for an input of ones."""
     outputs: list[Tensor] = []
+    fed = False
 
     def feed(module: nn.Module, args: Any, kwargs: Any) -> Any:
         def ones(x: Tensor) -> Tensor:
             return torch.ones_like(x, dtype=torch.double) if x.is_floating_point() else x
 
+        nonlocal fed
+        fed = True
         return tree_map_only(Tensor, ones, (args, kwargs))
 
     def collect(module: nn.Module, args: Any, output: Any) -> None:
         # The loss that a model computes from labels is no part of the flow.
-        values = (
-            [v for k, v in output.items() if k != "loss"] if isinstance(output, Mapping) else output
-        )
-        outputs.extend(x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad)
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        found = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x is not loss]
+        outputs.extend(x for x in found if x.requires_grad)
         raise _Done
 
     hooks = [
         model.register_forward_pre_hook(feed, with_kwargs=True, prepend=True),
         model.register_forward_hook(collect),
     ]
+    problem: Exception | None = None
     try:
         with _Linear():
             batch(model)
     except _Done:
         pass
+    except Exception as error:
+        if fed:
+            raise
+        problem = error  # Parts of the model are in float64, and their inputs are not.
     finally:
         for hook in hooks:
             hook.remove()
@@ -240,7 +253,7 @@ def _flow(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(
             "synflow: no output of the model depends on the layers to prune; call the model itself "
             "in loss=, and let it return tensors"
-        )
+        ) from problem
     return torch.stack([x.sum() for x in outputs]).sum()
 
 
@@ -313,8 +326,8 @@ def _batch_norm(
 ) -> Tensor:
     if running_var is None:
         return _normalised(input, [0, *range(2, input.dim())], weight, 1)
-    scale = (running_var + eps).rsqrt()
-    return input * _along(scale if weight is None else scale * weight, 1, input)
+    flow = input * _along((running_var + eps).rsqrt(), 1, input)
+    return flow if weight is None else flow * _along(weight, 1, input)
 
 
 def _layer_norm(
@@ -354,7 +367,11 @@ def _normalised(input: Tensor, over: list[int], weight: Tensor | None, first: in
 
 
 def _along(weight: Tensor, first: int, input: Tensor) -> Tensor:
-    """A norm's weight, shaped to multiply `input` from its dimension `first` on."""
+    """A norm's weight, shaped to multiply `input` from its dimension `first` on.
+
+    One that is zero throughout, which starts a residual branch as nothing, lets the flow pass.
+    """
+    weight = weight if bool(weight.any()) else torch.ones_like(weight)
     behind = input.dim() - first - weight.dim() if first >= 0 else 0
     return weight.view(*weight.shape, *[1] * behind)
 
