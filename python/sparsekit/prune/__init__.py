@@ -10,37 +10,57 @@ import inspect
 import sys
 import types
 
+from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
 from sparsekit.prune.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
-from sparsekit.prune.masks import HeldMasks, hold_masks
+from sparsekit.prune.latency import LatencyPlan, plan_latency
+from sparsekit.prune.lottery import find_lottery_ticket
+from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scan import SensitivityReport, SensitivityRow
+from sparsekit.prune.sensitivity import sensitivity
 from sparsekit.prune.structured import PrunedGroup, StructuredReport, prune_structured
+from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
 __all__ = [
+    "ALLOCATIONS",
     "LOSSES",
     "METHODS",
+    "OWL",
     "RECONSTRUCTIONS",
+    "TRAINING_METHODS",
     "BlocksReport",
     "DistillReport",
     "HeldMasks",
+    "LatencyPlan",
     "Method",
     "PruneReport",
     "PrunedGroup",
     "PrunedLayer",
     "ReconstructedBlock",
+    "Sensitivity",
+    "SensitivityReport",
+    "SensitivityRow",
+    "SparseTraining",
     "StructuredReport",
     "distill",
+    "find_lottery_ticket",
     "find_permutation",
     "hold_masks",
     "kept_share",
+    "load_masks",
     "permute_channels",
+    "plan_latency",
     "prune",
     "prune_structured",
     "reconstruct_blocks",
+    "save_masks",
+    "sensitivity",
+    "train_sparse",
 ]
 
 

@@ -19,7 +19,7 @@ forward per group of a block instead of one per group of the model. The cache is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -213,6 +213,15 @@ class Calibration:
             )
         self.count = count
         return total.div_(count)
+
+    def outputs(self, count: int | None = None) -> Iterator[Any]:
+        """What the model makes of the batches, or of the first `count`, as it is now.
+
+        Finished blocks are played back, so their weights must be what they were then.
+        """
+        for index, batch in enumerate(self._batches[:count]):
+            self._current = index
+            yield batch(self._model)
 
     def done(self, group: Group) -> None:
         """Say that the group's layers are pruned; blocks that are complete are cached from now."""

@@ -297,19 +297,25 @@ def trained_parameters(
     return list(out)
 
 
-def _default_output(returned: Any, batch: Batch) -> Tensor:
+def main_output(returned: Any) -> Tensor | None:
+    """The tensor among what a model returns that tells models apart, where there is a usual one."""
     for name in ("logits", "last_hidden_state"):
         value = getattr(returned, name, None)
         if isinstance(value, Tensor):
             return value
     if isinstance(returned, tuple | list) and returned:
         returned = returned[0]
-    if not isinstance(returned, Tensor):
+    return returned if isinstance(returned, Tensor) else None
+
+
+def _default_output(returned: Any, batch: Batch) -> Tensor:
+    found = main_output(returned)
+    if found is None:
         raise ValueError(
             f"distill: the model returns a {type(returned).__name__}; pass output= to choose the "
             "tensor to compare"
         )
-    return returned
+    return found
 
 
 def without_padding(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
