@@ -31,6 +31,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--patterns", nargs="+", metavar="PATTERN", help="instead of all of the study")
     add("--seeds", type=positive, default=3, help="networks of the digits study")
+    add("--share", type=_share, default=(0, 1), metavar="I/N", help="of the digits study, from 1/N")
     add("--recovered", nargs="*", default=list(minilm.RECOVERED), metavar="PATTERN")
     add("--steps", type=positive, default=minilm.STEPS, help="of MiniLM's recovery")
     add("--work", type=Path, default=Path("build/pruning"), help="journal and trained models")
@@ -38,11 +39,19 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"expected I/N such as 1/2, got {text!r}")
+    return int(number) - 1, int(of)
+
+
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     journal = Journal(options.work / "journal.jsonl")
     if options.study == "digits":
-        digits.run(journal, options.patterns or digits.PATTERNS, options.seeds, options.work)
+        patterns = options.patterns or digits.PATTERNS
+        digits.run(journal, patterns, options.seeds, options.work, options.share)
     elif options.study == "minilm":
         minilm.run(
             journal,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bench.pruning.journal import Journal
 from sparsekit.demo import corpus, encoder, evaluate
-from sparsekit.prune import METHODS, RECONSTRUCTIONS, distill, permute, prune
+from sparsekit.prune import METHODS, distill, permute, prune
 
 PATTERNS = ("2:4", "2:4v4", "bsr16x16@0.5", "bsr16x16@0.75", "bsr1x1@0.5", "bsr1x1@0.75")
 RECOVERED = ("2:4", "2:4v4", "bsr16x16@0.5")
@@ -69,17 +69,14 @@ class Trial:
 
 def trials(patterns: Sequence[str], recovered: Sequence[str], steps: int) -> Iterator[Trial]:
     """All of them, recovery last."""
-    best = "least_squares"
     for pattern in patterns:
         for name, method in METHODS.items():
             if method.needs != "gradients":
                 yield Trial(name, pattern)
-        for reconstruction in RECONSTRUCTIONS:
-            if reconstruction not in ("none", METHODS["sparsegpt"].reconstruction):
-                yield Trial("sparsegpt", pattern, reconstruction)
-        yield Trial("sparsegpt", pattern, best, permuted=True)
+        yield Trial("sparsegpt", pattern, "least_squares")
+        yield Trial("admm", pattern, permuted=True)
     for pattern in recovered:
-        yield Trial("sparsegpt", pattern, best, permuted=True, steps=steps)
+        yield Trial("admm", pattern, permuted=True, steps=steps)
 
 
 class Task:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from bench.pruning.digits import EPOCHS, TUNING_EPOCHS
 from sparsekit.demo.report import Table
 from sparsekit.patterns import parse_pattern
 
@@ -40,9 +41,9 @@ def digits_tables(results: Results) -> list[Table]:
     titles = {
         ("after", "pruned"): "After training, pruned at once",
         ("after", "statistics"): "The same, batch normalisations measured again",
-        ("after", "recovered"): "The same, trained on for 5 epochs under the masks",
-        ("during", "recovered"): "During training, 30 epochs from nothing",
-        ("before", "recovered"): "Before training, then 30 epochs under the masks",
+        ("after", "recovered"): f"The same, trained on for {TUNING_EPOCHS} epochs under the masks",
+        ("during", "recovered"): f"During training, {EPOCHS} epochs from nothing",
+        ("before", "recovered"): f"Before training, then {EPOCHS} epochs under the masks",
     }
     tables = []
     for (when, stage), title in titles.items():

@@ -10,7 +10,7 @@ from bench import digits as task
 from bench.pruning import digits, minilm, report
 from bench.pruning.__main__ import main
 from bench.pruning.journal import Journal
-from sparsekit.prune import METHODS, RECONSTRUCTIONS, TRAINING_METHODS
+from sparsekit.prune import METHODS, TRAINING_METHODS
 
 
 def test_a_journal_knows_what_it_was_told(tmp_path: Path) -> None:
@@ -47,7 +47,6 @@ def test_every_method_is_tried() -> None:
         *TRAINING_METHODS,
         "lottery",
     }
-    assert {trial.reconstruction for trial in todo} == {"", *RECONSTRUCTIONS} - {"none", "sweep"}
     assert set(digits.BEFORE) <= set(METHODS)
     names = {trial.method for trial in minilm.trials(["2:4"], ["2:4"], 5)}
     assert names == {name for name, method in METHODS.items() if method.needs != "gradients"}
@@ -90,7 +89,7 @@ def test_the_tables_and_plots(tmp_path: Path) -> None:
             *report.minilm_tables(list(journal)),
         ]
     }
-    tuned = tables["The same, trained on for 5 epochs under the masks"]
+    tuned = tables["The same, trained on for 4 epochs under the masks"]
     assert tuned.rows == [("wanda", "92.0 ± 2.8", "92.0 ± 2.8")]
     assert tables["Recovered by distillation"].rows == [
         ("2:4", "sparsegpt + least_squares + permuted", "9", "50.0", "80.0", "0.900", "2")
@@ -108,3 +107,6 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["guess"])
     assert "invalid choice: 'guess'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["digits", "--share", "3/2"])
+    assert "expected I/N such as 1/2, got '3/2'" in capsys.readouterr().err

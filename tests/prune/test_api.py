@@ -167,7 +167,10 @@ def test_targets_ignore_and_patterns_by_name():
         ({"pattern": {"0": None}}, "no layer can be pruned"),
         ({"pattern": "3:5"}, "m must be one of"),
         ({"method": "best"}, "unknown method 'best'; known are fisher, fpgm, magnitude, random,"),
-        ({"reconstruction": "magic"}, "unknown reconstruction 'magic'; known are least_squares"),
+        (
+            {"reconstruction": "magic"},
+            "unknown reconstruction 'magic'; known are admm, least_squares",
+        ),
         ({"method": "wanda"}, "method 'wanda'.* needs calibration"),
         ({"reconstruction": "sweep"}, "reconstruction 'sweep' needs calibration"),
         ({"method": "wanda", "calibration": []}, "gave no batches"),
