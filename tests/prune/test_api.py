@@ -168,7 +168,7 @@ def test_targets_ignore_and_patterns_by_name():
         ({"pattern": "3:5"}, "m must be one of"),
         (
             {"method": "best"},
-            "unknown method 'best'; known are admm, fisher, fpgm, magnitude, random,",
+            "unknown method 'best'; known are admm, fisher, fpgm, magnitude,",
         ),
         (
             {"reconstruction": "magic"},
