@@ -11,6 +11,7 @@ import sys
 import types
 
 from sparsekit.prune.api import prune
+from sparsekit.prune.channels import PermutedLayer, PermuteReport, permute
 from sparsekit.prune.masks import HeldMasks, hold_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
@@ -25,12 +26,15 @@ __all__ = [
     "DistillReport",
     "HeldMasks",
     "Method",
+    "PermuteReport",
+    "PermutedLayer",
     "PruneReport",
     "PrunedLayer",
     "distill",
     "find_permutation",
     "hold_masks",
     "kept_share",
+    "permute",
     "permute_channels",
     "prune",
 ]

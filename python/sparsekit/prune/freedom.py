@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -99,19 +100,19 @@ class Freedom:
             found._isolate(found._crossed(whole, part))
         return found
 
-    def members(self, block: int) -> Atoms:
-        """The channels of a block."""
-        return np.flatnonzero((self.block == block) & self._real)
-
     @property
     def _real(self) -> npt.NDArray[np.bool_]:
         """Which numbers are channels: the atom that stands for its channel."""
         return self.channel == np.arange(len(self.channel))
 
+    @cached_property
+    def sizes(self) -> Atoms:
+        """Channels of each block."""
+        return np.bincount(self.block[self._real], minlength=self._blocks)
+
     def free(self, atoms: Atoms) -> npt.NDArray[np.bool_]:
         """Which of the atoms can change places with another one."""
-        sizes = np.bincount(self.block[self._real], minlength=self._blocks)
-        return sizes[self.block[self.channel[atoms]]] > 1
+        return self.sizes[self.block[self.channel[atoms]]] > 1
 
     def reason(self, atom: int) -> str:
         """Why an atom that is not free keeps its place."""
@@ -126,7 +127,7 @@ class Freedom:
             moved: channel -> the channel that takes its place.
         """
         channels = self.channel[atoms]
-        nth = _appearance(channels)
+        nth = appearance(channels)
         keys, wanted = channels * len(atoms) + nth, moved[channels] * len(atoms) + nth
         by_key = np.argsort(keys, kind="stable")
         return by_key[np.searchsorted(keys[by_key], wanted)]
@@ -148,16 +149,17 @@ class Freedom:
         """Channels of blocks whose appearances in a part do not match those in the whole."""
         if len(np.unique(whole)) == len(whole):
             return whole[:0]
-        nth = _appearance(whole)
+        nth = appearance(whole)
         bad = [whole[:0]]
         for name in np.unique(part):
             places = np.flatnonzero(part == name)
-            here = _appearance(whole[places])
+            here = appearance(whole[places])
             blocks = self.block[whole[places]]
             order = np.lexsort((nth[places], here, blocks))
             blocks, here, there = blocks[order], here[order], nth[places][order]
             differs = (np.diff(blocks) == 0) & (np.diff(here) == 0) & (np.diff(there) != 0)
-            bad += [self.members(block) for block in np.unique(blocks[1:][differs])]
+            tangled = np.unique(blocks[1:][differs])
+            bad.append(np.flatnonzero(self._real & np.isin(self.block, tangled)))
         return np.unique(np.concatenate(bad))
 
 
@@ -166,7 +168,7 @@ def _pieces(whole: Atoms, part: Atoms) -> Iterator[Atoms]:
         yield whole[part == name]
 
 
-def _appearance(channels: Atoms) -> Atoms:
+def appearance(channels: Atoms) -> Atoms:
     """For each position, how many of the same channel come before it."""
     order = np.argsort(channels, kind="stable")
     ordered = channels[order]
