@@ -434,9 +434,9 @@ class _Stage:
             if 0 in one.axes and one.pattern.row_tile == self._width and one.layer.groups == 1:
                 matrix = one.layer.matrices(score, one.pattern)[0]
                 missing = -matrix.shape[1] % one.pattern.k_tile
-                folded = F.pad(matrix, (0, missing)).unflatten(1, (-1, one.pattern.k_tile))
+                folded = F.pad(matrix, (0, missing)).unflatten(1, (-1, one.pattern.k_tile)).mT
                 if isinstance(one.pattern, BlockSparse):
-                    folded = folded.sum(2)
+                    folded = folded.sum(1)
                 other += [(one, part) for part in self._seen(folded, one.axes[0])]
         total = sum(len(part) for parts in columns.values() for part in parts)
         total += sum(part[0].numel() for _, part in other)
@@ -446,7 +446,7 @@ class _Stage:
             terms += column_terms(parts, pattern, step) if parts else []
         width = self._width // self.unit
         for one, part in other:
-            part = part[:, ::step].unflatten(0, (-1, self.unit)).sum(1)
+            part = part[..., ::step].unflatten(0, (-1, self.unit)).sum(1)
             if isinstance(one.pattern, NM):
                 terms.append(Vectors(part, one.pattern, width))
             else:

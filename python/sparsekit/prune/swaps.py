@@ -138,7 +138,7 @@ class Vectors(Term):
     """Rows of a vector-wise N:M weight: which of them share their positions.
 
     Args:
-        scores: `[channels, groups, M]`.
+        scores: `[channels, M, groups of columns]`.
         pattern: N:M with vectors.
         width: rows in a vector, counted in channels.
     """
@@ -148,15 +148,15 @@ class Vectors(Term):
         self._n = pattern.n
 
     def kept(self, order: Tensor, groups: Tensor) -> float:
-        return float(_sum(_largest(self.grouped(order, groups).sum(1), self._n, -1)).sum())
+        return float(_sum(_largest(self.grouped(order, groups).sum(1), self._n, 1)).sum())
 
     def gains(self, order: Tensor, groups: Tensor) -> Tensor:
         grouped = self.grouped(order, groups)
         together = grouped.sum(1, keepdim=True)
-        now = _sum(_largest(together, self._n, -1).flatten(1))
+        now = _sum(_largest(together, self._n, 2).flatten(1))
         rest = (together - grouped).flatten(0, 1)
         # One place at a time: each is compared with every channel.
-        kept = [_sum(_largest(self.scores + one, self._n, -1)) for one in rest]
+        kept = [_largest(self.scores + one, self._n, 1).sum(-1) for one in rest]
         return torch.stack(kept).view(*grouped.shape[:2], -1) - now[:, None, None]
 
 
