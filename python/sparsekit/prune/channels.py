@@ -394,7 +394,9 @@ class _Stage:
             one
             for one in weights
             if any(
-                self._touches(one.axes[a], free) for a in (0, 1) if a in one.axes and one.tile(a) > 1
+                self._touches(one.axes[a], free)
+                for a in (0, 1)
+                if a in one.axes and one.tile(a) > 1
             )
         ]
         keys = [np.where(free, blocks, -1 - np.arange(len(blocks)))]
@@ -523,16 +525,17 @@ def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def _traced(model: nn.Module, batch: Batch) -> tuple[dict[str, list[Dimension]], Freedom]:
     torch.manual_seed(0)
     trace = Trace(model)
-    trace.fix((batch.args, batch.kwargs), "the model's input comes in its order")
+    trace.fix(batch.args, "input")
+    trace.fix(batch.kwargs, "input")
     fused = torch.backends.mha.get_fastpath_enabled()
-    # What the fused path of nn.TransformerEncoderLayer computes, in operations that can be followed.
+    # nn.TransformerEncoderLayer shall compute what its fused path does in separate operations.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with trace:
             output = batch(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    trace.fix(output, "the model's output keeps its order")
+    trace.fix(output, "output")
     return trace.dimensions, trace.freedom()
 
 

@@ -234,8 +234,7 @@ def known(pattern: PatternLike, what: str) -> NM | BlockSparse:
     parsed = parse_pattern(pattern)
     if not isinstance(parsed, NM | BlockSparse):
         raise ValueError(
-            f"{what}: expected an N:M or block pattern, got {parsed}; others have no "
-            "search yet"
+            f"{what}: expected an N:M or block pattern, got {parsed}; others have no search yet"
         )
     return parsed
 

@@ -14,7 +14,7 @@ and returns the labels of its outputs. An operation without a rule freezes what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,9 @@ from sparsekit.prune.freedom import Atoms, Ledger
 Entry: TypeAlias = Atoms | str | None
 Label: TypeAlias = list[Entry]
 Labels: TypeAlias = Callable[[Tensor], Label]
+
+
+MADE = "a tensor made on the way comes in an order of its own"
 
 
 class Call:
@@ -135,12 +138,15 @@ def _spread(entry: Entry, names: str, letters: str) -> Entry:
 
 
 Rule: TypeAlias = Callable[[Call], "Label | list[Label]"]
+AnyRule = TypeVar("AnyRule", bound=Rule)
 RULES: dict[str, Rule] = {}
 """Rules by the operation's name without namespace and overload; in-place variants included."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
+def rule(*names: str) -> Callable[[AnyRule], AnyRule]:
+    """Makes a function the rule of some operations."""
+
+    def register(function: AnyRule) -> AnyRule:
         RULES.update(dict.fromkeys(names, function))
         return function
 
@@ -152,7 +158,8 @@ def unknown(call: Call) -> list[Label]:
     for tensor in call.tensors:
         for entry in call.label(tensor):
             call.freeze(entry, call.unknown)
-    return [[call.unknown] * out.dim() for out in outputs(call.output)]
+    reason = call.unknown if call.tensors else MADE
+    return [[reason] * out.dim() for out in outputs(call.output)]
 
 
 def outputs(output: Any) -> list[Tensor]:
@@ -184,7 +191,7 @@ def _like_pointwise(call: Call) -> Label:
 
 @rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def _norm_of_features(call: Call) -> list[Label]:
-    return _with_statistics(call, pointwise(call))
+    return _with_rest(call, pointwise(call))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit")
@@ -193,7 +200,7 @@ def _norm_of_features(call: Call) -> list[Label]:
 def _norm_of_channels(call: Call) -> list[Label]:
     names = letters_of(call.first.dim())
     operands = [(call.label(one), names if one is call.first else "B") for one in call.tensors]
-    return _with_statistics(call, call.combine(operands, names))
+    return _with_rest(call, call.combine(operands, names))
 
 
 @rule("native_group_norm", "group_norm")
@@ -206,13 +213,13 @@ def _group_norm(call: Call) -> list[Label]:
     label = call.combine(operands, names)
     if isinstance(label[1], np.ndarray) and 1 < groups < channels:
         call.cut(label[1], 1, np.repeat(np.arange(groups), channels // groups))
-    return _with_statistics(call, label)
+    return _with_rest(call, label)
 
 
-def _with_statistics(call: Call, label: Label) -> list[Label]:
-    """The normalised tensor, and what belongs to the backward pass alone."""
-    return [label, *([call.unknown] * one.dim() for one in outputs(call.output)[1:])]
-
+def _with_rest(call: Call, label: Label) -> list[Label]:
+    """The result, and what belongs to the backward pass alone."""
+    backward: list[Label] = [[call.unknown] * one.dim() for one in outputs(call.output)[1:]]
+    return [label, *backward]
 
 
 # --- sums over a dimension --------------------------------------------------------------------
@@ -366,9 +373,7 @@ def _attention(call: Call) -> list[Label]:
     for entry in [] if mask is None else call.label(mask):
         call.freeze(entry, call.unknown)
     operands = list(zip(labels, ("bhtd", "bhsd", "bhse"), strict=True))
-    first = call.combine(operands, "bhte")
-    rest = [[call.unknown] * one.dim() for one in outputs(call.output)[1:]]
-    return [first, *rest]
+    return _with_rest(call, call.combine(operands, "bhte"))
 
 
 def _repeated(call: Call, entry: Entry, axis: int, times: int) -> Entry:

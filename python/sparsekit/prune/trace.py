@@ -18,11 +18,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsekit.prune import views  # registers its rules
 from sparsekit.prune.freedom import Atoms, Freedom, Ledger
-from sparsekit.prune.rules import RULES, Call, Label, outputs, pointwise, unknown
+from sparsekit.prune.rules import MADE, RULES, Call, Label, outputs, pointwise, unknown
 
 del views
-
-MADE = "a tensor made on the way comes in an order of its own"
 
 
 @dataclasses.dataclass
@@ -71,13 +69,14 @@ class Trace(TorchDispatchMode):
             for name in names if len(names) > 1 else []:
                 self._freeze_state(name, f"{' and '.join(names)} share memory")
 
-    def fix(self, value: Any, reason: str) -> None:
-        """Inputs and outputs of the model: whatever they hold keeps its order."""
+    def fix(self, value: Any, what: str) -> None:
+        """Whatever inputs or outputs of the model hold keeps its order."""
         for path, tensor in tensors_in(value):
+            reason = f"{what}{path} keeps its order"
             for entry in self._label(tensor):
                 if not isinstance(entry, str | None):
-                    self.ledger.freeze(entry, reason + path)
-            self._labels[tensor] = [None if n == 1 else reason + path for n in tensor.shape]
+                    self.ledger.freeze(entry, reason)
+            self._labels[tensor] = [None if size == 1 else reason for size in tensor.shape]
 
     def freedom(self) -> Freedom:
         """What may change places, after the run."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,9 @@ def _join(call: Call, label: Label, fine: Sequence[int], new: Sequence[int]) -> 
     runs = _runs(new, fine)
     out: Label = []
     for axis, run in enumerate(runs):
-        carriers = sorted((p for p in run if isinstance(label[p], np.ndarray)), key=fine.__getitem__)
+        carriers = sorted(
+            (p for p in run if isinstance(label[p], np.ndarray)), key=fine.__getitem__
+        )
         for p in carriers[:-1]:
             label[p] = call.freeze(label[p], "they are joined with other channels to one dimension")
         if not carriers:
@@ -146,9 +149,7 @@ def _join(call: Call, label: Label, fine: Sequence[int], new: Sequence[int]) -> 
     return out
 
 
-def _merged(
-    entry: Entry, runs: Sequence[range], fine: Sequence[int], axis: int
-) -> Atoms:
+def _merged(entry: Entry, runs: Sequence[range], fine: Sequence[int], axis: int) -> Atoms:
     """Atoms over the finest dimensions as atoms over the runs of them."""
     assert isinstance(entry, np.ndarray)
     wide, shape = list(entry.shape), []
@@ -243,10 +244,10 @@ def _repeat(call: Call) -> Label:
             continue
         for index, entry in enumerate(label):
             if isinstance(entry, np.ndarray) and (index == axis or entry.shape[axis] > 1):
-                label[index] = np.concatenate([entry] * count, axis)
-        own = label[axis]
-        if isinstance(own, np.ndarray):
-            call.cut(own, axis, np.repeat(np.arange(count), size))
+                copies = np.concatenate([entry] * count, axis)
+                if index == axis:
+                    call.cut(copies, axis, np.repeat(np.arange(count), size))
+                label[index] = copies
     return label
 
 
@@ -256,7 +257,7 @@ def _cat(call: Call) -> Label:
     labels = [call.label(one) for one in tensors]
     rank = call.output.dim()
     axis = call["dim"] % rank
-    if call.name.startswith("stack"):
+    if "stack" in call.name:
         labels = [_added(label, axis) for label in labels]
         sizes = [1] * len(tensors)
     else:
@@ -324,11 +325,11 @@ def _embedding(call: Call) -> Label:
 
 
 @rule("index", "_unsafe_index", "index_select")
-def _index(call: Call) -> Label:
+def _index(call: Call) -> Label | list[Label]:
     """Tensors of indices along neighbouring dimensions; the others stay as they are."""
     x, label = call.first, call.label(call.first)
-    if call.name.startswith("index_select"):
-        indices = [None] * (call["dim"] % x.dim()) + [call["index"]]
+    if "index_select" in call.name:
+        indices: list[Any] = [None] * (call["dim"] % x.dim()) + [call["index"]]
     else:
         indices = list(call["indices"])
     axes = [axis for axis, index in enumerate(indices) if index is not None]
