@@ -19,6 +19,7 @@ Swaps that share no group add up, so that a round can take many.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -73,13 +74,14 @@ class _Levels(Term):
 
     def __init__(self, scores: Tensor, width: int) -> None:
         super().__init__(scores, width)
-        self._sums = _sum(self.scores)
+        self._sums = _sum(self.scores).to(scores.dtype)
 
     def gains(self, order: Tensor, groups: Tensor) -> Tensor:
         base, level, now = self.levels(self.grouped(order, groups))
-        far = torch.cdist(level.flatten(0, 1), self.scores, p=1.0)
-        above = (far + self._sums - _sum(level).view(-1, 1)) / 2
-        return (base - now[:, None])[..., None] + above.view(*level.shape[:2], -1)
+        gain = torch.cdist(level.flatten(0, 1), self.scores, p=1.0)
+        own = base - now[:, None] - _sum(level) / 2
+        gain.add_(self._sums).div_(2).add_(own.view(-1, 1).to(gain.dtype))
+        return gain.view(*level.shape[:2], -1)
 
     @abstractmethod
     def levels(self, grouped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +253,7 @@ class Search:
         real = places < self.channels
         found = [term.gains(order, groups) for term in self.terms if term.local == local]
         if found:
-            total = torch.stack(found).sum(0).flatten(0, 1)[real].to(gains.dtype)
+            total = functools.reduce(torch.add, found).flatten(0, 1)[real].to(gains.dtype)
             if local:
                 gains[places[real]] = total
             else:
@@ -271,7 +273,8 @@ class Search:
         both = gains + gains.t()
         if self._apart is not None:
             both.masked_fill_(self._apart, -torch.inf)
-        both = F.pad(both, (0, missing, 0, missing), value=-torch.inf)
+        if missing:
+            both = F.pad(both, (0, missing, 0, missing), value=-torch.inf)
         by_group = both.view(groups, width, groups, width)
         best = by_group.amax((1, 3))
         best = best.masked_fill(torch.ones_like(best, dtype=torch.bool).tril(), 0)
