@@ -14,6 +14,7 @@ from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
 from sparsekit.prune.batchnorm import update_batchnorm
 from sparsekit.prune.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
+from sparsekit.prune.channels import PermutedLayer, PermuteReport, permute
 from sparsekit.prune.latency import LatencyPlan, plan_latency
 from sparsekit.prune.lottery import find_lottery_ticket
 from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
@@ -39,6 +40,8 @@ __all__ = [
     "HeldMasks",
     "LatencyPlan",
     "Method",
+    "PermuteReport",
+    "PermutedLayer",
     "PruneReport",
     "PrunedGroup",
     "PrunedLayer",
@@ -54,6 +57,7 @@ __all__ = [
     "hold_masks",
     "kept_share",
     "load_masks",
+    "permute",
     "permute_channels",
     "plan_latency",
     "prune",
