@@ -532,6 +532,7 @@ def test_scores_decide_instead_of_magnitudes():
         (lambda x: x + x.sort(-1).values, "aten.sort"),
         (lambda x: x[:, torch.arange(16)], "aten.index.Tensor"),
         (lambda x: torch.fft.rfft(x).abs()[:, :1] + x, "aten._fft_r2c"),
+        (lambda x: torch.mul(x, 2, out=torch.empty_like(x)), "aten.mul.out"),
         (lambda x: x.unflatten(1, (4, 4)).mT.flatten(1) + x, TANGLED),
         (lambda x: x + torch.cat([x[:, 3:], x[:, :3]], 1), TANGLED),
     ],

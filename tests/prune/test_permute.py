@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsekit.patterns import Pattern, parse_pattern
-from sparsekit.prune import find_permutation, kept_share, permute_channels, prune
+from sparsekit.prune import find_permutation, kept_share, permute_channels, prune, swaps
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.permute import _search
 
@@ -64,6 +64,26 @@ def test_no_swap_is_left_that_keeps_more(spelling):
         swapped = order.clone()
         swapped[[a, b]] = order[[b, a]]
         assert kept_share(weight, spelling, swapped) <= best + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cycles_found_are_the_best_exchange(seed):
+    gains = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed))
+    gains[0, 1] = gains[4, 2] = -torch.inf
+    taken = swaps.best_cycles(gains)
+    best = max(
+        float(gains[range(6), order].sum()) for order in map(list, itertools.permutations(range(6)))
+    )
+    assert float(gains[range(6), taken].sum()) == pytest.approx(best)
+    assert torch.equal(swaps.best_cycles(torch.eye(6)), torch.arange(6))
+
+
+@pytest.mark.parametrize("spelling", ["2:4", "1:4", "2:4v4"])
+def test_cycles_gain_where_swaps_do_not(spelling, monkeypatch):
+    weight = weight_of((32, 64))
+    longer = kept_share(weight, spelling, find_permutation(weight, spelling, rounds=999))
+    monkeypatch.setattr(swaps, "_ESCAPES", 0)
+    assert kept_share(weight, spelling, find_permutation(weight, spelling, rounds=999)) < longer
 
 
 @pytest.mark.parametrize("spelling", PATTERNS)

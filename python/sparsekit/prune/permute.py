@@ -3,7 +3,8 @@
 Which channels lie side by side is an accident of training, but it decides which of them compete
 inside a group of N:M or share a block. A layer's input channels may come in any order as long as
 the layers that make them put them out in the same one: `find_permutation` looks for a good order,
-`permute_channels` applies it, and the network computes what it did. Both come before pruning.
+`permute_channels` applies it, and the network computes what it did. `permute` does both for a whole
+network. All of it comes before pruning.
 
 The idea and the search by swaps of channels: Pool & Yu 2021, "Channel Permutations for N:M
 Sparsity", NeurIPS.
@@ -60,8 +61,9 @@ def find_permutation(
     """An order of the input channels that raises the magnitude a pattern keeps.
 
     Starts with the order there is, and in each round swaps pairs of channels of different groups
-    (blocks), the best pairs first, until no swap gains. A round costs about
-    `channels² · rows` operations at the start and less towards the end.
+    (blocks), the best pairs first, until no swap gains; for N:M, a few rounds then pass channels
+    on along longer cycles of groups. A round costs about `channels² · rows` operations at the
+    start and less towards the end.
 
     Args:
         weights: of every layer that reads these channels: `[n, k]`, `[n, channels, length]` or
@@ -69,7 +71,7 @@ def find_permutation(
             as well; what counts is the sum of absolute values, so scale them if one layer shall
             count for more.
         pattern: what the weights shall follow.
-        rounds: most rounds of swaps.
+        rounds: most rounds of swaps and cycles.
         rows: most rows that the search looks at; of more (a filter has one for each tap), this many
             evenly spaced ones.
 

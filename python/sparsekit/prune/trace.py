@@ -117,7 +117,9 @@ class Trace(TorchDispatchMode):
         return call.output
 
     def _rule(self, func: Any, name: str) -> Callable[[Call], Any]:
-        if func.namespace != "aten":
+        # What is written to `out=` may be seen through other views of that memory.
+        into = any(one.kwarg_only and one.is_out for one in func._schema.arguments)
+        if func.namespace != "aten" or into:
             return unknown
         base = name[:-1] if name.endswith("_") and name not in RULES else name
         if base in RULES:
