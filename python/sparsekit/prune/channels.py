@@ -155,7 +155,7 @@ def permute(
         targets: as for `prune`.
         ignore: as for `prune`.
         scores: name of a layer -> how much each of its weights matters, of the weight's shape, for
-            instance `|W| · ‖x‖`; others count by |W|.
+            instance `|W| · ‖x‖`; others count by `|W|`.
         rounds: most rounds of swaps and cycles in each search.
         rows: most rows that a search looks at; of more, this many evenly spaced ones.
         progress: show a progress bar.
