@@ -19,8 +19,8 @@ from tqdm import tqdm
 from sparsekit.patterns import match, require_match
 from sparsekit.prune import checkpoints
 from sparsekit.prune.calibration import Batch, read_batches
-from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.masks import hold_masks, weight_of
+from sparsekit.prune.modes import only_trainable
 from sparsekit.prune.recover import (
     rate_at,
     relative_mse,

@@ -21,6 +21,7 @@ from sparsekit.patterns import match, require_match
 from sparsekit.prune import checkpoints
 from sparsekit.prune.calibration import Batch, Loss, read_batches
 from sparsekit.prune.masks import hold_masks, weight_of
+from sparsekit.prune.modes import eval_mode, only_trainable
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -169,8 +170,9 @@ def distill(
     spent = 0.0
 
     with ExitStack() as stack:
-        stack.enter_context(_only_trainable(student, trained))
-        stack.enter_context(_eval_mode(student, *([] if teacher is None else [teacher])))
+        stack.enter_context(only_trainable(student, trained))
+        if teacher is not None:
+            stack.enter_context(eval_mode(teacher))
         of_student = stack.enter_context(_Captured(student, names))
         of_teacher = None if teacher is None else stack.enter_context(_Captured(teacher, names))
         solver = make(trained)
@@ -401,41 +403,6 @@ class _Captured:
                 "that returns a tensor or a tuple that begins with one"
             )
         return state
-
-
-class _eval_mode:
-    """Eval mode for the duration; every module's own training flag comes back."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        self._models = models
-        self._training = [m for model in models for m in model.modules() if m.training]
-
-    def __enter__(self) -> None:
-        for model in self._models:
-            model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
-            module.training = True
-
-
-class _only_trainable:
-    """Lets gradients flow to the given parameters alone; every flag comes back."""
-
-    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-        self._before = [(p, p.requires_grad) for p in model.parameters()]
-        self._trained = trained
-
-    def __enter__(self) -> None:
-        for parameter, _ in self._before:
-            parameter.requires_grad_(False)
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, required in self._before:
-            parameter.grad = None
-            parameter.requires_grad_(required)
 
 
 class _Checkpoint:

@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, at_density
 from sparsekit.prune.calibration import Batch
-from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.modes import only_trainable
 from sparsekit.prune.scores import Unpruned
 
 ROUNDS = 100
