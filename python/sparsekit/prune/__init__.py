@@ -17,6 +17,7 @@ from sparsekit.prune.permute import find_permutation, kept_share, permute_channe
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.streaming import prune_file
 
 __all__ = [
     "LOSSES",
@@ -33,6 +34,7 @@ __all__ = [
     "kept_share",
     "permute_channels",
     "prune",
+    "prune_file",
 ]
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
+from sparsekit.prune.distributed import DistributedChoice, Ranks, checksum, together
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import METHODS
 from sparsekit.prune.patches import PIXELS
@@ -28,6 +29,7 @@ from sparsekit.prune.targets import choose_layers
 
 
 @torch.no_grad()
+@together
 def prune(
     model: nn.Module,
     pattern: PatternChoice,
@@ -42,6 +44,8 @@ def prune(
     cache_bytes: int = CACHE_BYTES,
     pixels: int = PIXELS,
     loss: Loss | None = None,
+    *,
+    distributed: DistributedChoice = None,
 ) -> PruneReport:
     """Prune the linear layers and convolutions of a model in place.
 
@@ -78,6 +82,10 @@ def prune(
         loss: `(model, batch) -> scalar`, called with each batch as `calibration` gave it. With it,
             batches may be anything, pairs of inputs and labels for instance, and the model is run
             by it alone.
+        distributed: several processes calibrate together, each on batches of its own (one may have
+            none), and end with equal masks and weights: True for the default process group of
+            `torch.distributed`, or a `ProcessGroup`. Every process calls this with the same model
+            and settings; when one fails, all raise.
 
     Returns:
         What was done to each layer, with the masks.
@@ -87,8 +95,11 @@ def prune(
             missing where it is needed, empty, exhausted or not made of batches, no layer to prune,
             a weight that is empty or holds NaN or infinities: the model is as before. Inputs of a
             layer that hold NaN or infinities, or cannot be inverted: the layers before it are
-            pruned already.
+            pruned already. With `distributed`, a process group that is not there, or other weights
+            or settings in another process.
+        RuntimeError: another process failed by something else than a ValueError.
     """
+    ranks = Ranks.of(distributed)
     started = time.perf_counter()
     chosen_method = _lookup(METHODS, method, "method")
     name = chosen_method.reconstruction if reconstruction is None else reconstruction
@@ -101,12 +112,20 @@ def prune(
     if pixels < 1:
         raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
-    batches = None if calibration is None else read_batches(calibration, loss=loss)
+    batches = None
+    if calibration is not None:
+        batches = read_batches(calibration, loss=loss, may_be_empty=ranks.several)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
         _check_weight(layer)
     patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
     layers = [layer for layer, _ in chosen.values()]
+    if ranks.several:
+        settings = (method, name, options, pixels, calibration is not None, loss is not None)
+        ranks.require_same(
+            "the call", {"settings": settings} | {n: str(p) for n, p in patterns.items()}
+        )
+        ranks.require_same("a weight", {layer.name: checksum(layer.weight) for layer in layers})
     run = _Run(patterns, chosen_method.score, solve, options)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
@@ -114,13 +133,15 @@ def prune(
             for layer in group:
                 bar.set_postfix_str(layer.name, refresh=False)
                 run.prune(layer, moments)
+                # Solvers round in their own way on each kind of processor.
+                ranks.share([layer.weight, run.masks[layer.name]])
                 bar.update()
 
         if batches is None:
             apply(layers, None)
         else:
             for layer in _calibrated(
-                Calibration(model, batches, layers, cache_bytes, pixels), apply
+                Calibration(model, batches, layers, cache_bytes, pixels, ranks), apply
             ):
                 dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
     left = [
@@ -220,7 +241,7 @@ def _describe(
     reason: str = "",
     seconds: float = 0.0,
 ) -> PrunedLayer:
-    zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
+    zeros = 1.0 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
     shape = tuple(weight.shape)
     spelling = None if pattern is None else str(pattern)
     return PrunedLayer(name, shape, spelling, zeros, error, reason, seconds)
