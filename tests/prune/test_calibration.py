@@ -250,3 +250,97 @@ def test_a_shared_layer_counts_every_call():
         (moment,) = calibration.moments(calibration.groups[0])
     both = torch.cat([x, torch.tanh(model.a(x))]).detach()
     torch.testing.assert_close(moment, both.t() @ both / 12)
+
+
+# --- what is kept of finished blocks ----------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """Reads the outputs of early blocks again after the later ones."""
+
+    def __init__(self, depth=6):
+        super().__init__()
+        self.layer = nn.ModuleList([Block(8) for _ in range(depth)])
+        self.joins = nn.ModuleList([nn.Linear(16, 8) for _ in range(2)])
+
+    def forward(self, x):
+        outputs = []
+        for block in self.layer:
+            (x,) = block(x)
+            outputs.append(x)
+        for join, early in zip(self.joins, (outputs[1], outputs[3]), strict=True):
+            x = join(torch.cat([x, early], -1))
+        return x
+
+
+def kept_bytes(calibration):
+    return sum(playback.nbytes for playback in calibration._played.values())
+
+
+def test_a_stack_keeps_the_outputs_of_one_block():
+    torch.manual_seed(0)
+    model, batches = Model(depth=5), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(
+        model, read_batches(batches), layers_of(model), cache_bytes=one
+    ) as calibration:
+        for group in calibration.groups:
+            calibration.moments(group)
+            calibration.done(group)
+            assert kept_bytes(calibration) == one * (len(calibration._played) > 0)
+        assert len(calibration._played) == 5
+
+
+def moments_of(model, batches, name):
+    x = inputs_of(model, model.get_submodule(name), batches)
+    return x.t() @ x / len(x)
+
+
+@pytest.mark.parametrize("blocks_at_a_time", [1, 4])
+def test_blocks_that_others_read_are_kept(blocks_at_a_time):
+    torch.manual_seed(0)
+    model, batches = Skips(), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for number, group in enumerate(calibration.groups):
+            # A resumed run has many blocks finished before the first moments.
+            if number >= 2 * (blocks_at_a_time - 1):
+                (moment,) = calibration.moments(group)
+                fresh = Skips()
+                fresh.load_state_dict(model.state_dict())
+                expected = moments_of(fresh, batches, group.layers[0].name)
+                torch.testing.assert_close(moment, expected)
+            calibration.done(group)
+        assert kept_bytes(calibration) == 3 * one  # of the two that are read, and the last
+
+
+def test_a_block_that_runs_twice_for_one_batch_and_never_for_another_is_computed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
+            self.last = nn.Linear(8, 8)
+
+        def forward(self, x):
+            for _ in range(len(x) - 1):
+                x = self.experts[0](x)
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, batches = Experts(), [torch.randn(3, 4, 8), torch.randn(1, 4, 8)]
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for group in calibration.groups:
+            (moment,) = calibration.moments(group)
+            calibration.done(group)
+    torch.testing.assert_close(moment, moments_of(model, batches, "last"))
+
+
+def test_groups_that_are_known_spare_the_tracing(model):
+    batches = read_batches(batches_of())
+    with Calibration(model, batches, layers_of(model)[:-1]) as calibration:
+        groups = calibration.groups
+    before = model.layer[0].runs
+    with Calibration(model, batches, layers_of(model), groups=groups) as calibration:
+        assert model.layer[0].runs == before
+        assert calibration.groups == groups
+        assert [layer.name for layer in calibration.unreached] == ["head"]

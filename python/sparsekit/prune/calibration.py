@@ -135,7 +135,6 @@ class Calibration:
             the one before it in a stack, the outputs of both are there.
         pixels: most output pixels of a convolution that are counted in each call.
         ranks: the processes that share the work.
-        device: where the statistics of layers are added up whose weights are on the meta device.
         groups: what an earlier `Calibration` of the same model found, to be spared the tracing.
     """
 
@@ -147,14 +146,12 @@ class Calibration:
         cache_bytes: int = CACHE_BYTES,
         pixels: int = PIXELS,
         ranks: Ranks = ALONE,
-        device: torch.device | None = None,
         groups: list[Group] | None = None,
     ) -> None:
         self._model = model
         self._pixels = pixels
         self._batches = batches
         self._ranks = ranks
-        self._device = device
         self._cache_left = cache_bytes
         self._current = 0
         self._played: dict[nn.Module, Playback] = {}
@@ -206,9 +203,8 @@ class Calibration:
         weight = layer.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         size = weight.shape[1:].numel()
-        device = weight.device if weight.device.type != "meta" else self._device
-        total = torch.zeros(layer.groups, size, size, dtype=dtype, device=device)
-        count = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros(layer.groups, size, size, dtype=dtype, device=weight.device)
+        count = torch.zeros((), dtype=torch.int64, device=weight.device)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module not in layer.modules:
@@ -295,7 +291,8 @@ class Calibration:
         finished = [block for block in self._order if block in self._finished]
         inner = {m for block in finished for m in block.modules() if m is not block}
         outer = [block for block in finished if block not in inner]
-        last = {self._stack_of[block]: block for block in outer}
+        # The last of a stack needs no outputs of those before it.
+        last = {self._stack_of[b]: b for b in self._order if b in outer or b in self._played}
         recordings = []
         for block in outer:
             hollow = last[self._stack_of[block]] is not block and block not in self._kept
@@ -306,12 +303,12 @@ class Calibration:
 
     def _replaced_by(self, block: nn.Module) -> list[nn.Module]:
         """Played blocks that need no outputs once this one is played: before or inside it."""
-        inside = set(block.modules())
-        stack = self._stack_of[block]
+        inside, stack = set(block.modules()), self._stack_of[block]
+        before = set(self._order[: self._order.index(block)]) - self._kept
         return [
             other
             for other in self._played
-            if other in inside or (self._stack_of[other] is stack and other not in self._kept)
+            if other in inside or (other in before and self._stack_of[other] is stack)
         ]
 
     def _start_playback(self, recordings: Sequence[Recording]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sparsekit.prune.checkpoint import Checkpoint
+from sparsekit.prune.hollow import Hollow
 from sparsekit.prune.layers import Layer
 
 # Their forward reads the weights of modules that it does not call.
@@ -20,30 +21,36 @@ _READS_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 @dataclass(frozen=True)
 class _Place:
-    """A parameter or buffer of a module."""
+    """A parameter or buffer of a module, and its name in the source."""
 
     module: nn.Module
     attribute: str
-    stands_in: Tensor
+    on_meta: Tensor
+    absent: Hollow
     source: str
 
     def put(self, tensor: Tensor) -> None:
-        # By setattr: recurrent layers keep a second list of their weights in step with it.
-        is_parameter = self.attribute in self.module._parameters
-        if is_parameter and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(self.module, self.attribute, tensor)
+        if self.attribute in self.module._buffers:
+            self.module._buffers[self.attribute] = tensor
+        elif isinstance(tensor, Hollow):
+            self.module._parameters[self.attribute] = tensor  # type: ignore[assignment]
+        else:
+            # By setattr: recurrent layers keep a second list of their weights in step with it.
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(self.module, self.attribute, tensor)
 
     @property
     def is_empty(self) -> bool:
-        return getattr(self.module, self.attribute) is self.stands_in
+        return isinstance(getattr(self.module, self.attribute), Hollow)
 
 
 class Lender:
     """Lends the modules of a model the tensors that they have on the meta device.
 
-    A module has its own parameters and buffers while its `forward` runs and not longer. Tensors
-    that are in memory already are left alone. Between `with` and its end the model can be called.
+    A module has its own parameters and buffers while its `forward` runs and not longer; who reads
+    them at another time gets an error. Tensors that are in memory already are left alone. Between
+    `with` and its end the model can be called.
 
     Args:
         model: all or part of it on the meta device; it is the same again afterwards.
@@ -67,12 +74,13 @@ class Lender:
         self._removers: list[Callable[[], None]] = []
         self._lent: dict[nn.Module, list[list[_Place]]] = {}
         self._places: dict[nn.Module, list[_Place]] = {}
-        self._module_names = {module: name for name, module in model.named_modules()}
         _check_transient(model, source)
         self._find(model)
 
     def __enter__(self) -> Lender:
         for module, places in self._places.items():
+            for place in places:
+                place.put(place.absent)
             if isinstance(module, _READS_INSIDE):
                 places = [place for m in module.modules() for place in self._places.get(m, ())]
             self._lent[module] = []
@@ -84,16 +92,13 @@ class Lender:
                 self._removers.append(handle.remove)
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for remove in self._removers:
             remove()
         self._removers.clear()
-        if isinstance(error, RuntimeError) and "meta" in str(error):
-            raise RuntimeError(
-                "prune_file: the model computed with a tensor on the meta device. A module has its "
-                "tensors while it is called: one that reads those of another without calling it, "
-                "or before it is called, must have them in memory"
-            ) from error
+        for places in self._places.values():
+            for place in places:
+                place.put(place.on_meta)
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the source, pruned if it is by now; a view of its file."""
@@ -113,7 +118,7 @@ class Lender:
         try:
             yield layer.weight
         finally:
-            place.put(place.stands_in)
+            place.put(place.absent)
 
     def _find(self, model: nn.Module) -> None:
         missing: list[str] = []
@@ -138,49 +143,57 @@ class Lender:
                 f"prune_file: the source lacks {_some(missing)}; it has "
                 f"{_some(self._source.names())}: the names must be those of the model's state_dict"
             )
+        absent = {
+            tensor: Hollow(tensor, self._device, partial(_absent, names[0]))
+            for tensor, names in self.names.items()
+        }
         for (module, attribute), tensor in owners.items():
-            place = _Place(module, attribute, tensor, self.names[tensor][0])
+            name = self.names[tensor][0]
+            place = _Place(module, attribute, tensor, absent[tensor], name)
             self._places.setdefault(module, []).append(place)
 
     def _lend(self, places: list[_Place]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def lend(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for leaf in tree_leaves(inputs):
-                if isinstance(leaf, Tensor) and leaf.device.type == "meta":
-                    raise ValueError(
-                        f"prune_file: {self._module_names[module]!r} got an input on the meta "
-                        "device; batches must be real tensors, and a module that uses the weight "
-                        "of another one without calling it must have it in memory"
-                    )
             lent = [place for place in places if place.is_empty]
             self._lent[module].append(lent)
             for place in lent:
-                like = place.stands_in
-                place.put(self.read(place.source).to(self._device, like.dtype))
+                tensor = self.read(place.source)
+                place.put(tensor.to(self._device, place.absent.dtype))
 
         return lend
 
     def _take_back(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._lent[module]:
             for place in self._lent[module].pop():
-                place.put(place.stands_in)
+                place.put(place.absent)
+
+
+def _absent(name: str) -> Exception:
+    return ValueError(
+        f"prune_file: {name!r} was read while its module was not running: a module has its tensors "
+        "only while it is called; what others read must be in memory before"
+    )
 
 
 def _check_transient(model: nn.Module, source: Checkpoint) -> None:
-    """Buffers that no checkpoint has must be real."""
-    found = [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-        and buffer.device.type == "meta"
-        and name in module._non_persistent_buffers_set
-    ]
-    lost = [name for name in found if name not in source]
+    """Tensors that no checkpoint has must be real."""
+    lost = []
+    for prefix, module in model.named_modules():
+        own = {
+            **{name: module._buffers[name] for name in module._non_persistent_buffers_set},
+            **{name: value for name, value in vars(module).items() if isinstance(value, Tensor)},
+        }
+        names = {name: f"{prefix}.{name}" if prefix else name for name in own}
+        lost += [
+            names[name]
+            for name, tensor in own.items()
+            if tensor is not None and tensor.device.type == "meta" and names[name] not in source
+        ]
     if lost:
         raise ValueError(
-            f"prune_file: buffers on the meta device that no checkpoint holds: {_some(lost)}; "
+            f"prune_file: tensors on the meta device that no checkpoint holds: {_some(lost)}; "
             "after building the model, replace the modules that have them by ones built outside "
-            "torch.device('meta'), or assign the buffers"
+            "torch.device('meta'), or assign these tensors"
         )
 
 

@@ -2,10 +2,10 @@
 group of layers.
 
 A block that answers from its own outputs never looks at its input. In a stack of such blocks the
-outputs of all but the last are therefore only carried along: they become `Hollow` tensors, which
-have a shape but no numbers, and a stack of any depth keeps the outputs of one block. An operation
-that does read a hollow tensor, a long skip connection for instance, raises `HollowRead`; whoever
-runs the model then computes the block again and keeps its outputs from there on.
+outputs of all but the last are therefore only carried along: they become `Hollow` tensors, without
+numbers, and a stack of any depth keeps the outputs of one block. An operation that does read a
+hollow tensor, a long skip connection for instance, raises `HollowRead`; whoever runs the model then
+computes the block again and keeps its outputs from there on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sparsekit.prune.hollow import Hollow
 
 
 class HollowRead(Exception):
@@ -24,31 +25,6 @@ class HollowRead(Exception):
     def __init__(self, block: nn.Module) -> None:
         super().__init__("the outputs of a finished block are read by somebody else")
         self.block = block
-
-
-class Hollow(Tensor):
-    """Stands for an output of `block`: its shape, dtype and device are known, its numbers gone."""
-
-    block: nn.Module
-
-    @staticmethod
-    def __new__(cls, block: nn.Module, like: Tensor) -> Hollow:
-        made: Hollow = Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
-        made.block = block
-        return made
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Hollow):
-                raise HollowRead(leaf.block)
-        raise AssertionError("dispatched here by a hollow tensor")
 
 
 class Recording:
@@ -129,7 +105,7 @@ def _clone(value: Any) -> Any:
 
 
 def _hollow(block: nn.Module, value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: Hollow(block, t), value)
+    return tree_map_only(Tensor, lambda t: Hollow(t, t.device, lambda: HollowRead(block)), value)
 
 
 def _nbytes(value: Any) -> int:

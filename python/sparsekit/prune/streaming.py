@@ -148,7 +148,7 @@ def prune_file(
         "dampening": dampening,
         "pixels": pixels,
         "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
-        "compute dtypes": {layer.name: str(layer.weight.dtype) for layer in layers},
+        "dtype of the model": sorted({str(layer.weight.dtype) for layer in layers}),
         "calibration": None if batches is None else _digest(batches),
         "source": checkpoint.identity(),
     }
@@ -168,9 +168,7 @@ def prune_file(
         if batches is not None and not target.is_complete:
             known = groups if resumed else None
             run = stack.enter_context(
-                Calibration(
-                    model, batches, layers, cache_bytes, pixels, device=device, groups=known
-                )
+                Calibration(model, batches, layers, cache_bytes, pixels, groups=known)
             )
             groups = run.groups
         elif not resumed:
@@ -437,11 +435,16 @@ def _check_layers(layers: Sequence[Layer], lender: Lender, source: Checkpoint) -
 def _digest(batches: Sequence[Batch]) -> str:
     """Of everything in the batches that has a value of its own."""
     total = hashlib.sha256()
-    for batch in batches:
+    for index, batch in enumerate(batches):
         leaves, structure = tree_flatten((batch.args, dict(batch.kwargs), batch.given))
         total.update(str(structure).encode())
         for leaf in leaves:
             if isinstance(leaf, Tensor):
+                if leaf.device.type == "meta":
+                    raise ValueError(
+                        f"calibration: batch {index} is on the meta device; make it outside of "
+                        "torch.device('meta')"
+                    )
                 raw = leaf.detach().cpu().contiguous()
                 total.update(f"{raw.dtype} {list(raw.shape)}".encode())
                 total.update(raw.view(-1).view(torch.uint8).numpy().data)
