@@ -260,7 +260,7 @@ def test_a_missing_folder_is_an_oserror(converted: Net, tmp_path: Path) -> None:
 
 REFUSED: list[tuple[str, Edit, str]] = [
     ("another format", lambda t, m: m.update(format="pt"), "is no sparsekit file .*'pt'"),
-    ("a future version", lambda t, m: m.update(version="2"), "has version '2', this library reads"),
+    ("a future version", lambda t, m: m.update(version="3"), "has version '3', this library reads"),
     ("no version", lambda t, m: m.pop("version"), "has version None"),
     ("no layers", lambda t, m: m.pop("layers"), "damaged metadata: 'layers'"),
     ("layers as a list", lambda t, m: m.update(layers=[]), "damaged metadata: 'layers'"),

@@ -4,14 +4,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsekit import export, nn, preferences
+from sparsekit import export, interop, nn, preferences
+from sparsekit.codebook import Compression
+from sparsekit.compress import CompressionReport, apply_codebooks, compression_report
 from sparsekit.convert import ConvertReport, convert
 from sparsekit.dispatch import TuneReport, explain, kernels, tune
 from sparsekit.functional import conv1d, conv2d, linear
-from sparsekit.io import FileSummary, inspect, load, save
+from sparsekit.io import inspect, load, save
 from sparsekit.pack import PackedWeight, detect, mask, pack
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
 from sparsekit.prune import PruneReport
+from sparsekit.summary import FileSummary
 
 if TYPE_CHECKING:
     from sparsekit.prune import prune
@@ -22,12 +25,16 @@ else:
 __all__ = [
     "NM",
     "BlockSparse",
+    "Compression",
+    "CompressionReport",
     "ConvertReport",
     "FileSummary",
     "PackedWeight",
     "Pattern",
     "PruneReport",
     "TuneReport",
+    "apply_codebooks",
+    "compression_report",
     "conv1d",
     "conv2d",
     "convert",
@@ -35,6 +42,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "interop",
     "kernels",
     "linear",
     "load",

@@ -2,21 +2,24 @@
 
 A sparse layer `<name>` is stored as `<name>.values`, `<name>.indices` and, for blocks,
 `<name>.crow_indices`; everything else as in the model's `state_dict()`, tied tensors once. The
-file's metadata holds `format` ("sparsekit"), `version` ("1") and, as JSON, `layers` (pattern, shape
+file's metadata holds `format` ("sparsekit"), `version` and, as JSON, `layers` (pattern, shape
 and dtype of each, its activation and, of a convolution, its filters), `fused` (activation modules
 that a layer applies itself), `folded` (batch normalisations that weights and biases hold) and
 `tied` (names that share another name's tensor).
+
+A layer whose values are shared and coded (`sparsekit.codebook`) is stored as `<name>.codebook`,
+`<name>.codes` and `<name>.positions` instead, with its `coding` in `layers`. A file with such
+layers has version "2", all others have version "1", which older libraries read.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +31,8 @@ from tqdm.auto import tqdm
 
 from sparsekit import _native
 from sparsekit._ops import ACTIVATIONS
-from sparsekit.dispatch import table
+from sparsekit.codebook import PARTS as CODED_PARTS
+from sparsekit.codebook import Compression, Encoded, decode, encode
 from sparsekit.files import replacing
 from sparsekit.filters import FilterShape
 from sparsekit.nn import (
@@ -42,69 +46,24 @@ from sparsekit.nn import (
 from sparsekit.nn.batchnorm import is_batchnorm
 from sparsekit.nn.memory_format import put_weights_in_nhwc
 from sparsekit.nn.packed import PackedModule
-from sparsekit.pack import DTYPES, PackedWeight
-from sparsekit.patterns import Pattern, parse_pattern
+from sparsekit.pack import PackedWeight
+from sparsekit.summary import CANONICAL_PARTS, FileSummary, LayerEntry
 
 FORMAT = "sparsekit"
 VERSION = 1
-
-_PARTS = ("values", "indices", "crow_indices")
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+CODED_VERSION = 2
 
 PathLike: TypeAlias = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """What a file says of one sparse layer.
-
-    Attributes:
-        pattern: of its weight.
-        shape: (n, k) of the matrix that is stored.
-        dtype: of the values.
-        activation: fused into the layer.
-        filters: of a convolution, whose matrix is stored (`sparsekit.filters`); else None.
-    """
-
-    pattern: Pattern
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    activation: str | None
-    filters: FilterShape | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry as it stands in the file's metadata."""
-        entry: dict[str, Any] = {
-            "pattern": str(self.pattern),
-            "shape": list(self.shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "activation": self.activation,
-        }
-        if self.filters is not None:
-            entry["filters"] = {"weight": self.weight_shape, "groups": self.filters.groups}
-        return entry
-
-    @classmethod
-    def of(cls, packed: PackedWeight, activation: str | None = None) -> LayerEntry:
-        """The entry of a packed weight."""
-        meta = packed.meta
-        return cls(meta.pattern, meta.shape, meta.dtype, activation, meta.filters)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the dense weight."""
-        return self.shape if self.filters is None else self.filters.weight_shape
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the canonical tensors."""
-        return _PARTS if self.pattern.family == "bsr" else _PARTS[:2]
 
 
 # --- saving -----------------------------------------------------------------------------------
 
 
-def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: PathLike) -> None:
+def save(
+    model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight],
+    path: PathLike,
+    compress: Compression | int | None = None,
+) -> None:
     """Write a model, or a mapping of tensors and packed weights, to a file.
 
     The file is written beside `path` and renamed, so a failed save leaves an old file as it was.
@@ -113,13 +72,20 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
         model_or_state: a model with sparse layers, or a mapping from names to tensors and
             `PackedWeight` objects (a packed weight's name is its layer's).
         path: the file.
+        compress: shares the values of sparse layers in codebooks and Huffman codes them (Deep
+            Compression, Han et al. 2016, arXiv 1510.00149; `sparsekit.Compression`), or the bits of
+            a code. The weights in the file are then not those of the model, which stays as it is:
+            `apply_codebooks` shows what they do to its accuracy, `compression_report` the sizes.
+            A layer that gets no smaller by it stays as it is. None keeps every bit.
 
     Raises:
-        ValueError: the state holds something that is no tensor.
+        ValueError: the state holds something that is no tensor; the compression is none.
         OSError: the file cannot be written.
     """
+    compression = None if compress is None else Compression.of(compress)
     state: dict[str, Tensor] = {}
     layers: dict[str, LayerEntry] = {}
+    bytes_of: dict[str, Tensor] = {}
     fused: dict[str, str] = {}
     folded: list[str] = []
     if isinstance(model_or_state, nn.Module):
@@ -127,6 +93,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
         for name, module in model_or_state.named_modules(remove_duplicate=False):
             if isinstance(module, PackedModule):
                 layers[name] = LayerEntry.of(module.packed, module.activation)
+                bytes_of[name] = module.packed_data
             elif isinstance(module, FusedActivation):
                 fused[name] = module.activation
             elif isinstance(module, FoldedBatchNorm):
@@ -135,6 +102,7 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
         for name, value in model_or_state.items():
             if isinstance(value, PackedWeight):
                 layers[name] = LayerEntry.of(value)
+                bytes_of[name] = value.data
                 canonical = value.canonical()
                 for part in layers[name].parts:
                     state[f"{name}.{part}"] = getattr(canonical, part)
@@ -145,16 +113,48 @@ def save(model_or_state: nn.Module | Mapping[str, Tensor | PackedWeight], path: 
             raise ValueError(
                 f"save: {name!r} is a {type(value).__name__}, a file holds dense tensors only"
             )
+    if compression is not None:
+        _compress(state, layers, bytes_of, compression)
+    coded = any(entry.coding for entry in layers.values())
     tensors, tied = _without_duplicates(state)
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(CODED_VERSION if coded else VERSION),
         "layers": json.dumps({name: entry.to_json() for name, entry in layers.items()}),
         "fused": json.dumps(fused),
         "folded": json.dumps(folded),
         "tied": json.dumps(tied),
     }
     _write(tensors, metadata, Path(path))
+
+
+def _compress(
+    state: dict[str, Tensor],
+    layers: dict[str, LayerEntry],
+    bytes_of: Mapping[str, Tensor],
+    compression: Compression,
+) -> None:
+    """Replace canonical tensors by coded ones; of a weight under several names once."""
+    done: dict[int, Encoded | None] = {}
+    for name, entry in layers.items():
+        key = id(bytes_of[name])
+        if key not in done:
+            parts = {part: state[f"{name}.{part}"].cpu() for part in entry.parts}
+            done[key] = encode(_canonical(entry, parts), compression)
+        encoded = done[key]
+        if encoded is None:
+            continue
+        for part in entry.parts:
+            del state[f"{name}.{part}"]
+        state.update({f"{name}.{part}": getattr(encoded, part) for part in CODED_PARTS})
+        layers[name] = replace(entry, coding=encoded.coding)
+
+
+def _canonical(entry: LayerEntry, parts: Mapping[str, Tensor]) -> _native.Canonical:
+    crow = parts.get("crow_indices")
+    return _native.Canonical(
+        entry.pattern, entry.shape, entry.dtype, parts["values"], parts["indices"], crow
+    )
 
 
 def _without_duplicates(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -200,11 +200,12 @@ class _File:
                 f"is no sparsekit file (its format is {metadata.get('format')!r}); write it with "
                 "sparsekit.save"
             )
-        if metadata.get("version") != str(VERSION):
+        if metadata.get("version") not in (str(VERSION), str(CODED_VERSION)):
             raise self.error(
-                f"has version {metadata.get('version')!r}, this library reads version {VERSION}; "
-                "update sparsekit or save the model again"
+                f"has version {metadata.get('version')!r}, this library reads versions {VERSION} "
+                f"and {CODED_VERSION}; update sparsekit or save the model again"
             )
+        self.version = int(metadata["version"])
         self.layers = {
             name: self._layer(name, entry)
             for name, entry in self._mapping(metadata, "layers").items()
@@ -247,19 +248,12 @@ class _File:
 
     def _layer(self, name: str, entry: Any) -> LayerEntry:
         try:
-            n, k = entry["shape"]
-            dtype, activation = _DTYPES[entry["dtype"]], entry["activation"]
-            if type(n) is not int or type(k) is not int or min(n, k) < 1:
-                raise ValueError(f"shape {entry['shape']}")
-            if activation not in ACTIVATIONS:
-                raise ValueError(f"activation {activation!r}")
-            pattern = parse_pattern(entry["pattern"])
-            filters = _filters(entry["filters"]) if "filters" in entry else None
-            if filters is not None and filters.matrix_shape(pattern) != (n, k):
-                raise ValueError(f"filters {entry['filters']} of a matrix {[n, k]}")
-            return LayerEntry(pattern, (n, k), dtype, activation, filters)
+            layer = LayerEntry.from_json(entry)
+            if layer.coding is not None and self.version < CODED_VERSION:
+                raise ValueError(f"coded in a file of version {self.version}")
         except (KeyError, TypeError, ValueError) as error:
             raise self.error(f"describes layer {name!r} wrongly: {error}") from None
+        return layer
 
     def keys(self) -> set[str]:
         """All names, tied ones included."""
@@ -274,29 +268,18 @@ class _File:
         """A sparse layer's canonical form, with sizes and indices checked."""
         entry = self.layers[name]
         parts = {part: self.tensor(f"{name}.{part}").contiguous() for part in entry.parts}
-        canonical = _native.Canonical(
-            entry.pattern,
-            entry.shape,
-            entry.dtype,
-            parts["values"],
-            parts["indices"],
-            parts.get("crow_indices"),
-        )
         try:
+            if entry.coding is None:
+                canonical = _canonical(entry, parts)
+            else:
+                encoded = Encoded(entry.coding, **parts)
+                canonical = decode(encoded, entry.pattern, entry.shape, entry.dtype)
             _native.validate(canonical)
         except ValueError as error:
             raise self.error(f"holds a damaged layer {name!r}: {error}") from None
         if not bool(canonical.values.isfinite().all()):
             raise self.error(f"holds a damaged layer {name!r}: a value is not finite")
         return canonical
-
-
-def _filters(entry: Any) -> FilterShape:
-    rows, channels, *kernel = entry["weight"]
-    if len(kernel) not in (1, 2):
-        raise ValueError(f"filters {entry['weight']}")
-    height, width = kernel if len(kernel) == 2 else (1, *kernel)
-    return FilterShape(rows, channels, (height, width), entry["groups"], len(kernel))
 
 
 @contextmanager
@@ -412,7 +395,12 @@ def _check_tensors(
     """What takes a value from the file: the model's tensors but sparse weights and folded batch
     normalisations; and the layers that get a bias.
     """
-    inside = {f"{name}.{part}" for name in file.layers for part in ("weight", *_PARTS)}
+    own_parts = ("weight", *CANONICAL_PARTS)
+    inside = {
+        f"{name}.{part}"
+        for name, entry in file.layers.items()
+        for part in (*own_parts, *entry.parts)
+    }
     for name in file.folded:
         own = (*modules[name]._parameters, *modules[name]._buffers)
         inside.update(f"{name}.{part}" for part in own)
@@ -512,58 +500,6 @@ def _some(names: Sequence[str]) -> str:
 # --- looking ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FileSummary:
-    """What is in a file; `str()` is a table.
-
-    Attributes:
-        path: the file.
-        version: of the file format.
-        nbytes: size of the file.
-        layers: the sparse layers.
-        layer_bytes: bytes each sparse layer takes in the file, bias not included.
-        dense: (dtype, shape) of every other tensor.
-        fused: activation modules that a layer applies itself.
-        folded: batch normalisations that weights and biases hold.
-        tied: names that share another name's tensor.
-    """
-
-    path: str
-    version: int
-    nbytes: int
-    layers: dict[str, LayerEntry]
-    layer_bytes: dict[str, int]
-    dense: dict[str, tuple[str, tuple[int, ...]]]
-    fused: dict[str, str]
-    folded: list[str]
-    tied: dict[str, str]
-
-    def __str__(self) -> str:
-        rows = []
-        for name, entry in self.layers.items():
-            shape = entry.weight_shape
-            kept = self.layer_bytes[name] / (math.prod(shape) * entry.dtype.itemsize)
-            rows.append(
-                (
-                    name,
-                    str(entry.pattern),
-                    " x ".join(map(str, shape)),
-                    str(entry.dtype).removeprefix("torch."),
-                    entry.activation or "-",
-                    f"{self.layer_bytes[name]:,}",
-                    f"{kept:.1%}",
-                )
-            )
-        head = ("sparse layer", "pattern", "weight", "dtype", "activation", "bytes", "of dense")
-        lines = [
-            f"{self.path}: sparsekit file, version {self.version}, {self.nbytes:,} bytes",
-            table(head, rows) if rows else "no sparse layers",
-            f"{len(self.dense)} dense tensors, {len(self.tied)} tied names, "
-            f"{len(self.fused)} fused activations, {len(self.folded)} folded batch normalisations",
-        ]
-        return "\n".join(lines)
-
-
 def inspect(path: PathLike) -> FileSummary:
     """Read what is in a file, and check it as `load` does.
 
@@ -575,15 +511,17 @@ def inspect(path: PathLike) -> FileSummary:
         inside: set[str] = set()
         layer_bytes = {}
         for name, entry in file.layers.items():
-            layer_bytes[name] = file.canonical(name).nbytes
-            inside.update(f"{name}.{part}" for part in entry.parts)
+            file.canonical(name)
+            parts = [f"{name}.{part}" for part in entry.parts]
+            layer_bytes[name] = sum(file.tensor(part).nbytes for part in parts)
+            inside.update(parts)
         dense = {}
         for name in sorted(file.names - inside):
             tensor = file.tensor(name)
             dense[name] = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         return FileSummary(
             path=str(file.path),
-            version=VERSION,
+            version=file.version,
             nbytes=file.path.stat().st_size,
             layers=file.layers,
             layer_bytes=layer_bytes,

@@ -29,6 +29,10 @@ def batches_of(count=3, width=24):
     return [torch.randn(64, width, generator=make) @ mix for _ in range(count)]
 
 
+def square(model, batch):
+    return model(batch).square().mean()
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("spelling", PATTERNS)
 @pytest.mark.parametrize("method", METHODS)
@@ -39,7 +43,7 @@ def test_weights_fit_the_pattern(method, spelling, calibrated):
         return
     model, dense = small(), small()
     data = batches_of() if calibrated else None
-    report = prune(model, spelling, method, calibration=data, progress=False)
+    report = prune(model, spelling, method, calibration=data, progress=False, loss=square)
     pattern = parse_pattern(spelling)
     assert list(report.masks) == ["0", "2"]
     for name, mask in report.masks.items():
@@ -58,7 +62,8 @@ def test_weights_fit_the_pattern(method, spelling, calibrated):
 def test_the_same_call_gives_the_same_weights(method):
     first, second = small(), small()
     for model in (first, second):
-        prune(model, "2:4v4", method, calibration=batches_of(), progress=False)
+        torch.rand(1)  # torch's own generator plays no part
+        prune(model, "2:4v4", method, calibration=batches_of(), progress=False, loss=square)
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -161,7 +166,7 @@ def test_targets_ignore_and_patterns_by_name():
         ({"ignore": "*"}, "no nn.Linear, nn.Conv1d or nn.Conv2d that targets and ignore leave"),
         ({"pattern": {"0": None}}, "no layer can be pruned"),
         ({"pattern": "3:5"}, "m must be one of"),
-        ({"method": "best"}, "unknown method 'best'; known are magnitude, sparsegpt, wanda"),
+        ({"method": "best"}, "unknown method 'best'; known are fisher, fpgm, magnitude, random,"),
         ({"reconstruction": "magic"}, "unknown reconstruction 'magic'; known are least_squares"),
         ({"method": "wanda"}, "method 'wanda'.* needs calibration"),
         ({"reconstruction": "sweep"}, "reconstruction 'sweep' needs calibration"),
@@ -289,6 +294,71 @@ def test_layers_no_batch_runs_stay_dense():
     reasons = reasons_of(model, method="wanda", calibration=batches_of())
     assert reasons == {"unused": "no calibration batch runs it"}
     assert bool((model.unused.weight != 0).all())
+
+
+def test_calibration_that_reaches_no_layer_is_refused():
+    model = small()
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"no calibration batch runs any of .* \('0', '2'\)"):
+        prune(model, "2:4", calibration=batches_of(), progress=False)
+
+
+def test_a_layer_that_runs_twice_under_two_names_is_calibrated_on_all_it_reads():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(8, 8, bias=False)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    model, dense, x = Twice(), Twice().a.weight.detach(), torch.cat(batches_of(width=8))
+    report = prune(model, "2:4", "wanda", batches_of(width=8), progress=False)
+    assert [layer.name for layer in report.layers] == ["a"]
+    norms = torch.cat([x, torch.relu(x @ dense.t())]).square().mean(0).sqrt()
+    expected = parse_pattern("2:4").mask(dense.abs() * norms)
+    assert torch.equal(report.masks["a"], expected)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "kept"), [("bsr64x64@0.5", 1.0), ("2:4v16", 0.5), ("bsr16x16@0.9", 0.5)]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_tiles_larger_than_the_layer(method, spelling, kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 12))
+    batches = batches_of(width=32)
+    report = prune(model, spelling, method, batches, loss=square, progress=False)
+    (layer,) = report.layers
+    assert layer.sparsity == 1 - kept
+    assert parse_pattern(spelling).first_violation(model[0].weight != 0) is None
+    assert layer.reason == (f"{spelling} keeps all of it" if kept == 1 else "")
+
+
+# --- too little calibration ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "reconstruction"),
+    [("sparsegpt", None), ("sparsegpt", "none"), ("taylor", "sweep"), ("wanda", "least_squares")],
+)
+def test_too_few_tokens_for_the_second_moment_are_named_once(method, reconstruction):
+    options = {"reconstruction": reconstruction, "loss": square, "progress": False}
+    few = [torch.cat(batches_of())[:30]]  # enough for the first layer only
+    with pytest.warns(UserWarning, match=r"layer '2' saw 30 .* needs at least 40: damp") as caught:
+        prune(small(), "2:4", method, few, **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"'2' saw 10 .* least 40 \(1 more layers lack some too\)"):
+        prune(small(), "2:4", method, [few[0][:10]], **options)
+    prune(small(), "2:4", method, [torch.cat(batches_of())[:40]], **options)
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.correlations])
+def test_methods_that_look_at_columns_one_by_one_need_no_such_number(method):
+    prune(small(), "2:4", method, [batches_of()[0][:3]], loss=square, progress=False)
 
 
 # --- the report -------------------------------------------------------------------------------

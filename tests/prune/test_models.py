@@ -38,7 +38,7 @@ def llama():
 def vit():
     model = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32, num_classes=5)
     make = torch.Generator().manual_seed(0)
-    return model, [torch.randn(2, 3, 32, 32, generator=make) for _ in range(2)], None
+    return model, [torch.randn(100, 3, 32, 32, generator=make) for _ in range(2)], None
 
 
 def tokens():

@@ -13,7 +13,7 @@ from sparsekit.prune.reconstruct import (
     relative_error,
     sweep,
 )
-from sparsekit.prune.scores import magnitude, optimal_brain_surgeon, wanda
+from sparsekit.prune.scores import magnitude, optimal_brain_surgeon, wanda, with_statistic
 
 PATTERNS = [
     "1:4",
@@ -47,7 +47,8 @@ def test_result_is_zero_outside_a_mask_that_fits(spelling, name, method, shape):
     pattern = parse_pattern(spelling)
     weight, moment = problem(*shape)
     before = weight.clone(), moment.clone()
-    pruned, mask = RECONSTRUCTIONS[name](weight, pattern, METHODS[method].score, moment, OPTIONS)
+    score = with_statistic(METHODS[method].score, 0.1 + weight.flip(0).abs())
+    pruned, mask = RECONSTRUCTIONS[name](weight, pattern, score, moment, OPTIONS)
     assert pattern.first_violation(mask) is None
     assert torch.equal(pruned != 0, mask)  # continuous random values: no kept one is zero
     # Not merely fitting: it keeps as much as a mask of the whole matrix does.

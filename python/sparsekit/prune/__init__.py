@@ -11,30 +11,38 @@ import sys
 import types
 
 from sparsekit.prune.api import prune
-from sparsekit.prune.masks import HeldMasks, hold_masks
+from sparsekit.prune.lottery import find_lottery_ticket
+from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.streaming import prune_file
+from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
 __all__ = [
     "LOSSES",
     "METHODS",
     "RECONSTRUCTIONS",
+    "TRAINING_METHODS",
     "DistillReport",
     "HeldMasks",
     "Method",
     "PruneReport",
     "PrunedLayer",
+    "SparseTraining",
     "distill",
+    "find_lottery_ticket",
     "find_permutation",
     "hold_masks",
     "kept_share",
+    "load_masks",
     "permute_channels",
     "prune",
     "prune_file",
+    "save_masks",
+    "train_sparse",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,13 @@ from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
-from sparsekit.prune.distributed import DistributedChoice, Ranks, checksum, together
+from sparsekit.prune.distributed import (
+    DistributedChoice,
+    Ranks,
+    checksum,
+    mean_over_ranks,
+    together,
+)
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import METHODS
 from sparsekit.prune.patches import PIXELS
@@ -24,7 +31,7 @@ from sparsekit.prune.reconstruct import (
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
-from sparsekit.prune.scores import Score
+from sparsekit.prune.scores import Score, Unpruned
 from sparsekit.prune.targets import choose_layers
 
 
@@ -44,6 +51,7 @@ def prune(
     cache_bytes: int = CACHE_BYTES,
     pixels: int = PIXELS,
     loss: Loss | None = None,
+    seed: int = 0,
     *,
     distributed: DistributedChoice = None,
 ) -> PruneReport:
@@ -63,7 +71,7 @@ def prune(
             the kept ones. Everything else stays as it is.
         pattern: one pattern for all layers, or a mapping from globs and `re:` expressions on
             module names to patterns (None leaves a layer dense).
-        method: a name in `METHODS`: "magnitude", "wanda", "sparsegpt".
+        method: a name in `METHODS`, where each is described by its score and its statistic.
         calibration: iterable of batches that the model is called with: a tensor, a tuple or list
             of positional arguments, or a mapping of keyword arguments. Read once, so a generator
             will do. Tokens that a batch's 2-D `attention_mask` leaves out are not counted. With
@@ -81,7 +89,9 @@ def prune(
             drawn evenly, the same ones every time.
         loss: `(model, batch) -> scalar`, called with each batch as `calibration` gave it. With it,
             batches may be anything, pairs of inputs and labels for instance, and the model is run
-            by it alone.
+            by it alone. Methods that need gradients take them from it, or else from the `.loss`
+            in the model's own output.
+        seed: of the method "random"; the others draw nothing.
         distributed: several processes calibrate together, each on batches of its own (one may have
             none), and end with equal masks and weights: True for the default process group of
             `torch.distributed`, or a `ProcessGroup`. Every process calls this with the same model
@@ -92,12 +102,17 @@ def prune(
 
     Raises:
         ValueError: unknown method or reconstruction, a number of pixels below 1, calibration
-            missing where it is needed, empty, exhausted or not made of batches, no layer to prune,
-            a weight that is empty or holds NaN or infinities: the model is as before. Inputs of a
-            layer that hold NaN or infinities, or cannot be inverted: the layers before it are
-            pruned already. With `distributed`, a process group that is not there, or other weights
-            or settings in another process.
+            missing where it is needed, empty, exhausted or not made of batches, no layer to prune
+            or none that calibration or a gradient reaches, a loss that is missing or is no finite
+            scalar, a weight that is empty, a weight or gradient that holds NaN or infinities: the
+            model is as before. Inputs of a layer that hold NaN or infinities, or cannot be
+            inverted: the layers before it are pruned already. With `distributed`, a process group
+            that is not there, or other weights or settings in another process.
         RuntimeError: another process failed by something else than a ValueError.
+
+    Warns:
+        UserWarning: a layer saw fewer tokens or patches than it has columns, and the method or
+            the reconstruction reads how columns go together.
     """
     ranks = Ranks.of(distributed)
     started = time.perf_counter()
@@ -118,15 +133,33 @@ def prune(
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
         _check_weight(layer)
+    if ranks.several:
+        ranks.require_same(
+            "the call",
+            {"settings": (method, name, options, pixels, batches is None, loss is None, seed)}
+            | {layer_name: str(wanted) for layer_name, (_, wanted) in chosen.items()},
+        )
+        ranks.require_same(
+            "a weight", {n: checksum(layer.weight) for n, (layer, _) in chosen.items()}
+        )
+    statistics: dict[str, Tensor] = {}
+    if chosen_method.statistic is not None:
+        if batches or not chosen_method.needs_calibration:
+            statistics = chosen_method.statistic(Unpruned(model, chosen, batches or (), seed))
+        if batches is not None and chosen_method.needs_calibration:
+            weights = {layer_name: layer.weight for layer_name, (layer, _) in chosen.items()}
+            statistics = mean_over_ranks(statistics, len(batches), weights, ranks)
+        for layer_name in [each for each in chosen if each not in statistics]:
+            layer, _ = chosen.pop(layer_name)
+            dense[layer_name] = (layer.modules[0], "no gradient reaches it")
+        if not chosen:
+            raise ValueError(
+                "prune: no gradient reaches any of the layers to prune; compute the loss from the "
+                "model's output, without torch.no_grad() or .detach()"
+            )
     patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
     layers = [layer for layer, _ in chosen.values()]
-    if ranks.several:
-        settings = (method, name, options, pixels, calibration is not None, loss is not None)
-        ranks.require_same(
-            "the call", {"settings": settings} | {n: str(p) for n, p in patterns.items()}
-        )
-        ranks.require_same("a weight", {layer.name: checksum(layer.weight) for layer in layers})
-    run = _Run(patterns, chosen_method.score, solve, options)
+    run = _Run(patterns, chosen_method.score, solve, options, statistics)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
         def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
@@ -140,10 +173,12 @@ def prune(
         if batches is None:
             apply(layers, None)
         else:
-            for layer in _calibrated(
-                Calibration(model, batches, layers, cache_bytes, pixels, ranks), apply
-            ):
+            tokens: dict[str, int] = {}
+            calibrated = Calibration(model, batches, layers, cache_bytes, pixels, ranks)
+            for layer in _calibrated(calibrated, apply, tokens):
                 dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
+            if chosen_method.correlations or name != "none":
+                _warn_of_few(tokens, layers, stacklevel=5)  # beyond both decorators
     left = [
         _describe(layer_name, module.weight, None, reason=reason)
         for layer_name, (module, reason) in dense.items()
@@ -161,11 +196,13 @@ class _Run:
         score: Score,
         solve: Reconstruction,
         options: ReconstructionOptions,
+        statistics: Mapping[str, Tensor],
     ) -> None:
         self.done: list[PrunedLayer] = []
         self.masks: dict[str, Tensor] = {}
         self._patterns = patterns
         self._score = score
+        self._statistics = statistics
         self._solve = solve
         self._options = options
 
@@ -178,9 +215,12 @@ class _Run:
         before = layer.matrices(weight.to(dtype, copy=True), wanted)
         if moments is not None:
             moments = layer.pad_moments(moments, wanted)
+        statistic = self._statistics.get(layer.name)
+        if statistic is not None:
+            statistic = layer.matrices(statistic.to(weight.device), wanted)
         try:
             after, mask = reconstruct(
-                self._solve, before, wanted, self._score, moments, self._options
+                self._solve, before, wanted, self._score, moments, self._options, statistic
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ValueError(
@@ -193,20 +233,49 @@ class _Run:
         lost = None
         if moments is not None:
             lost = relative_error(before, layer.matrices(weight.to(dtype), wanted), moments)
+        reason = f"{wanted} keeps all of it" if bool(self.masks[layer.name].all()) else ""
         seconds = time.perf_counter() - started
-        self.done.append(_describe(layer.name, weight, wanted, lost, seconds=seconds))
+        self.done.append(_describe(layer.name, weight, wanted, lost, reason, seconds))
 
 
 def _calibrated(
-    calibration: Calibration, apply: Callable[[Iterable[Layer], Tensor], None]
+    calibration: Calibration,
+    apply: Callable[[Iterable[Layer], Tensor], None],
+    tokens: dict[str, int],
 ) -> list[Layer]:
-    """Apply to each group once the groups before it are done; returns the unreached layers."""
+    """Apply to each group once the groups before it are done; returns the unreached layers.
+
+    `tokens` gets the number of tokens or patches that each layer saw.
+    """
     with calibration:
+        if not calibration.groups:
+            some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
+            raise ValueError(
+                f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
+                "the batches go through them"
+            )
         for group in calibration.groups:
             # Passed on without a name here: the next one is made when this one is gone.
             apply(group.layers, calibration.moments(group))
+            tokens.update((layer.name, calibration.count) for layer in group.layers)
             calibration.done(group)
         return calibration.unreached
+
+
+def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer], stacklevel: int) -> None:
+    """One warning for all layers whose second moment cannot have full rank."""
+    needed = {layer.name: layer.weight.shape[1:].numel() for layer in layers}
+    short = [name for name, count in tokens.items() if count < needed[name]]
+    if short:
+        worst = min(short, key=lambda name: tokens[name] / needed[name])
+        others = f" ({len(short) - 1} more layers lack some too)" if len(short) > 1 else ""
+        warnings.warn(
+            f"prune: layer {worst!r} saw {tokens[worst]} calibration tokens or patches, and the "
+            f"second moment of its inputs needs at least {needed[worst]}{others}: dampening makes "
+            "up for the rest; pass more calibration data",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:

@@ -154,6 +154,8 @@ class Calibration:
         self._ranks = ranks
         self._cache_left = cache_bytes
         self._current = 0
+        self.count = 0
+        """Tokens or patches that the last `moments` are the mean of."""
         self._played: dict[nn.Module, Playback] = {}
         self._kept: set[nn.Module] = set()  # blocks whose outputs others than the next one read
         self._training = [module for module in model.modules() if module.training]
@@ -232,6 +234,7 @@ class Calibration:
             raise ValueError(f"calibration: layer {layer.name!r} saw no tokens or pixels")
         if self._ranks.several:
             self._check_finite(total, layer)
+        self.count = int(count)
         return total.div_(count)
 
     def done(self, group: Group) -> None:

@@ -8,7 +8,7 @@ exchange that the others come to next. `together` puts it around a function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -165,6 +165,38 @@ def all_reduce_sum(tensors: Sequence[Tensor], ranks: Ranks | None) -> None:
     """Replace each tensor by its sum over the ranks; with None or one process, nothing happens."""
     if ranks is not None:
         ranks.sum(tensors)
+
+
+def mean_over_ranks(
+    means: Mapping[str, Tensor], count: int, like: Mapping[str, Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """The means of the batches of all ranks.
+
+    Args:
+        means: of this rank's batches, one for each name that any of them has to do with.
+        count: of this rank's batches.
+        like: every name, with a tensor of the shape and on the device of its mean.
+        ranks: all.
+
+    Raises:
+        ValueError: no rank has any batches.
+    """
+    if not ranks.several:
+        return dict(means)
+    answers = ranks.exchange((count, [(name, mean.dtype) for name, mean in means.items()]))
+    total = sum(theirs for theirs, _ in answers)
+    if total == 0:
+        raise ValueError("calibration: no rank has any batches; give at least one of them some")
+    dtypes = dict(named for _, names in answers for named in names)
+    out = {}
+    for name, tensor in like.items():
+        if name in dtypes:
+            mine = means.get(name)
+            empty = torch.zeros(tensor.shape, dtype=dtypes[name], device=tensor.device)
+            out[name] = empty if mine is None else mine * (count / total)
+    for mean in out.values():
+        ranks.sum([mean])
+    return out
 
 
 def checksum(tensor: Tensor) -> int:

@@ -1,19 +1,32 @@
-"""Masks that hold while the model is trained further."""
+"""Masks that hold while the model is trained further, and their files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from sparsekit.files import replacing
+
 
 class HeldMasks:
-    """Keeps pruned weights at exactly zero until `remove`. Also a context manager."""
+    """Keeps pruned weights at exactly zero until `remove`. Also a context manager.
 
-    def __init__(self, handles: list[Any], enforce: Callable[[], None]) -> None:
+    Attributes:
+        masks: what is held, for `save_masks`.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, Tensor], handles: list[Any], enforce: Callable[[], None]
+    ) -> None:
+        self.masks = masks
         self._handles = handles
         self._enforce = enforce
 
@@ -41,7 +54,8 @@ def hold_masks(
 
     The pruned weights are zeroed at once. From then on their gradients are zeroed, so that no
     momentum builds up, and they are zeroed again after every optimizer step, so that momentum
-    from before cannot move them either.
+    from before cannot move them either. To resume an interrupted training, load the model's and
+    the optimizer's state, and hold the masks that `save_masks` wrote.
 
     Args:
         model: trained as usual.
@@ -71,8 +85,15 @@ def hold_masks(
     if optimizer is None:
         handles.append(register_optimizer_step_post_hook(enforce))
     else:
-        handles.append(optimizer.register_step_post_hook(enforce))
-    return HeldMasks(handles, enforce)
+        handles.append(unwrapped(optimizer).register_step_post_hook(enforce))
+    return HeldMasks(masks, handles, enforce)
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps, inside of wrappers such as Accelerate's."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def weight_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
@@ -95,3 +116,60 @@ def weight_of(model: nn.Module, name: str, mask: Tensor) -> nn.Parameter:
             "pass the masks of the report that pruned this model"
         )
     return weight
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write masks to a safetensors file, which `load_masks` reads back.
+
+    Args:
+        masks: module name -> bool, True = kept; `PruneReport.masks` or `HeldMasks.masks`.
+        path: replaced whole or, when the writing fails, left as it was.
+    """
+    write_tensors(path, masks, {"format": _MASKS})
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The masks that `save_masks` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+        FileNotFoundError: there is none.
+    """
+    masks, _ = read_tensors(path, _MASKS)
+    return masks
+
+
+_MASKS = "sparsekit masks"
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file whole; `metadata["format"]` says what it holds."""
+    path = Path(path)
+    # Tensors that share memory or are laid out otherwise cannot be written as they are.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with replacing(path) as folder:
+        save_file(copies, folder / path.name, metadata)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], format: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that `write_tensors` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or of another format.
+        FileNotFoundError: there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") == format:
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}") from None
+    raise ValueError(f"{path}: expected {format}, the file holds {metadata.get('format')!r}")

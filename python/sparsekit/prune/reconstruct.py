@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.patterns import BlockSparse, Pattern
-from sparsekit.prune.scores import Columns, Score
+from sparsekit.prune.scores import Columns, Score, with_statistic
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ def reconstruct(
     score: Score,
     moments: Tensor | None,
     options: ReconstructionOptions,
+    statistic: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solve every group of a layer with the statistics of its own inputs.
 
@@ -170,15 +171,19 @@ def reconstruct(
         score: ranks the weights.
         moments: `[groups, k, k]`, or None without calibration.
         options: settings.
+        statistic: `[groups, n, k]`, where the score reads one.
 
     Returns:
         Weights and mask, both `[groups, n, k]`.
     """
     given: Sequence[Tensor | None] = [None] * len(weights) if moments is None else list(moments)
-    shares = _shares(weights, pattern, score, given, options)
+    scores = [score] * len(weights)
+    if statistic is not None:
+        scores = [with_statistic(score, part) for part in statistic]
+    shares = _shares(weights, pattern, scores, given, options)
     solved = [
-        solve(weight, share, score, moment, options)
-        for weight, share, moment in zip(weights, shares, given, strict=True)
+        solve(weight, share, mine, moment, options)
+        for weight, share, mine, moment in zip(weights, shares, scores, given, strict=True)
     ]
     return torch.stack([weight for weight, _ in solved]), torch.stack([mask for _, mask in solved])
 
@@ -186,18 +191,18 @@ def reconstruct(
 def _shares(
     weights: Tensor,
     pattern: Pattern,
-    score: Score,
+    scores: Sequence[Score],
     moments: Sequence[Tensor | None],
     options: ReconstructionOptions,
 ) -> list[Pattern]:
     """The pattern inside each group. How many blocks a group keeps all groups decide together."""
     if len(weights) == 1 or not isinstance(pattern, BlockSparse):
         return [pattern] * len(weights)
-    scores = [
+    ranks = [
         score(weight, None if moment is None else _columns(moment, options))
-        for weight, moment in zip(weights, moments, strict=True)
+        for weight, score, moment in zip(weights, scores, moments, strict=True)
     ]
-    kept = pattern.occupancy(pattern.mask(torch.cat(scores))).view(len(weights), -1)
+    kept = pattern.occupancy(pattern.mask(torch.cat(ranks))).view(len(weights), -1)
     return [replace(pattern, sparsity=1.0 - int(part.sum()) / part.numel()) for part in kept]
 
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
 from sparsekit.patterns import PatternChoice
-from sparsekit.prune.api import _check_weight, _describe, _lookup, _Run
+from sparsekit.prune.api import _check_weight, _describe, _lookup, _Run, _warn_of_few
 from sparsekit.prune.calibration import (
     CACHE_BYTES,
     Batch,
@@ -96,7 +96,7 @@ def prune_file(
         source: a safetensors file, a list of shards, or a folder of them with an index.
         out: a new or empty folder, or that of the run to go on with.
         pattern: as for `prune`; so are the following.
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, of those without a statistic of the whole model.
         calibration: batches, on `device`.
         targets: layers to prune.
         ignore: layers to leave dense.
@@ -128,6 +128,11 @@ def prune_file(
         raise ValueError(
             f"prune_file: method {method!r} with reconstruction {name!r} needs calibration data; "
             "pass calibration=batches, or use method='magnitude'"
+        )
+    if chosen_method.statistic is not None:
+        raise ValueError(
+            f"prune_file: method {method!r} looks at the whole model before it prunes; use prune, "
+            "or a method that goes layer by layer, such as 'sparsegpt'"
         )
     if pixels < 1:
         raise ValueError(f"prune_file: pixels must be at least 1, got {pixels}")
@@ -176,6 +181,7 @@ def prune_file(
         if not resumed:
             target.plan(groups)
         target.write_rest()
+        tokens: dict[str, int] = {}
         total = sum(len(group.layers) for group in groups)
         description = f"prune ({method})"
         with tqdm(
@@ -184,9 +190,11 @@ def prune_file(
             for group in groups:
                 todo = [layer for layer in group.layers if layer.name not in target.done]
                 moments = run.moments(group) if run is not None and todo else None
+                if run is not None and todo:
+                    tokens |= dict.fromkeys((layer.name for layer in todo), run.count)
                 for layer in todo:
                     bar.set_postfix_str(layer.name, refresh=False)
-                    solver = _Run(patterns, chosen_method.score, solve, options)
+                    solver = _Run(patterns, chosen_method.score, solve, options, {})
                     with lender.weight_of(layer) as weight:
                         wide = torch.promote_types(weight.dtype, torch.float32)
                         solver.prune(layer, None if moments is None else moments.to(wide))
@@ -196,6 +204,8 @@ def prune_file(
                 if run is not None:
                     run.done(group)
         target.finish()
+    if chosen_method.correlations or name != "none":
+        _warn_of_few(tokens, layers, stacklevel=4)  # beyond the decorator
     for layer in layers:
         if layer.name not in target.done:
             dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
