@@ -314,6 +314,22 @@ def test_blocks_that_others_read_are_kept(blocks_at_a_time):
         assert kept_bytes(calibration) == 3 * one  # of the two that are read, and the last
 
 
+def test_outputs_are_those_of_the_model_as_it_is():
+    torch.manual_seed(0)
+    model, batches = Skips(), batches_of()
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for group in calibration.groups[:-2]:
+            calibration.moments(group)
+            calibration.done(group)
+        assert any(playback.is_hollow for playback in calibration._played.values())
+        with torch.no_grad():
+            model.joins[0].weight.mul_(0.5)
+            found = list(calibration.outputs(2))
+    assert len(found) == 2
+    for batch, output in zip(batches, found, strict=False):
+        torch.testing.assert_close(output, model(batch))
+
+
 def test_a_block_that_runs_twice_for_one_batch_and_never_for_another_is_computed():
     class Experts(nn.Module):
         def __init__(self):

@@ -52,6 +52,10 @@ def pruned(batches, method="sparsegpt", model=None, **options):
     }
 
 
+def loss(model, batch):
+    return model(*batch).square().mean()
+
+
 def failing(method="sparsegpt", **options):
     try:
         pruned(method=method, distributed=True, **options)
@@ -78,7 +82,11 @@ def scenarios(rank):
     yield "group", pruned(mine, "wanda", distributed=distributed.group.WORLD)
     yield "uncalibrated", pruned(None, "magnitude", distributed=True)
     yield "one idle", pruned(mine if rank == 0 else [], distributed=True)
+    yield "taylor", pruned(mine, "taylor", distributed=True, loss=loss)
+    yield "taylor, one idle", pruned(mine if rank else [], "taylor", distributed=True, loss=loss)
+    yield "random", pruned(None, "random", distributed=True)
     yield "both idle", failing(batches=[])
+    yield "both idle, taylor", failing(batches=[], method="taylor", loss=loss)
     yield "nan", failing(batches=nan(mine) if rank == 1 else mine)
     yield "nan on 0", failing(batches=nan(mine) if rank == 0 else mine)
     yield "forward", failing(batches=mine, model=Broken() if rank == 1 else None)
@@ -138,12 +146,15 @@ def results(tmp_path_factory):
         ("sparsegpt", "sparsegpt", (0, 1)),
         ("group", "wanda", (0, 1)),
         ("one idle", "sparsegpt", (0,)),
+        ("taylor", "taylor", (0, 1)),
+        ("taylor, one idle", "taylor", (1,)),
         ("again", "sparsegpt", (0, 1)),
     ],
 )
 def test_masks_are_those_of_one_process_with_all_batches(results, scenario, method, ranks):
     first, second = (answers[scenario] for answers in results)
-    alone = pruned([batch for rank in ranks for batch in batches_of(rank)], method)
+    options = {"loss": loss} if method == "taylor" else {}
+    alone = pruned([batch for rank in ranks for batch in batches_of(rank)], method, **options)
     assert first["layers"] == second["layers"] == alone["layers"]
     assert first["masks"].keys() == second["masks"].keys() == alone["masks"].keys()
     assert ("experts.1" in alone["masks"]) == (1 in ranks)
@@ -161,11 +172,14 @@ def test_half_of_the_data_would_not_do(results):
     assert not all(torch.equal(masks[name], mask) for name, mask in alone.items())
 
 
-def test_without_calibration_nothing_is_added_up(results):
-    alone = pruned(None, "magnitude")
+@pytest.mark.parametrize(
+    ("scenario", "method"), [("uncalibrated", "magnitude"), ("random", "random")]
+)
+def test_without_calibration_nothing_is_added_up(results, scenario, method):
+    alone = pruned(None, method)
     for answers in results:
         for name, mask in alone["masks"].items():
-            assert torch.equal(answers["uncalibrated"]["masks"][name], mask)
+            assert torch.equal(answers[scenario]["masks"][name], mask)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,7 @@ def test_what_fails_on_one_rank_fails_on_both(results, scenario, kind, message, 
     ("scenario", "message"),
     [
         ("both idle", "no rank has any batches; give at least one of them some"),
+        ("both idle, taylor", "no rank has any batches; give at least one of them some"),
         ("settings", "the call of rank 1 differs from that of rank 0"),
         ("weights", "a weight of rank 1 differs from that of rank 0; every rank must call"),
     ],

@@ -486,6 +486,18 @@ def test_calibration_is_asked_for(source, tmp_path):
         run(source, tmp_path / "out", pixels=0)
 
 
+def test_methods_that_look_at_the_whole_model_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="'fpgm' looks at the whole model before it prunes"):
+        run(source, tmp_path / "out", method="fpgm")
+
+
+def test_few_tokens_are_warned_of(source, tmp_path):
+    few = [batch[:2] for batch in batches_of()[:1]]
+    with pytest.warns(UserWarning, match="saw 10 calibration tokens") as caught:
+        run(source, tmp_path / "out", calibration=few)
+    assert caught[0].filename == __file__
+
+
 class Rotary(nn.Module):
     def __init__(self):
         super().__init__()

@@ -21,7 +21,7 @@ With several processes (`distributed`) each runs its own batches, and the sums o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -236,6 +236,20 @@ class Calibration:
             self._check_finite(total, layer)
         self.count = int(count)
         return total.div_(count)
+
+    def outputs(self, count: int | None = None) -> Iterator[Any]:
+        """What the model makes of the batches, or of the first `count`, as it is now.
+
+        Finished blocks are played back, so their weights must be what they were then.
+        """
+        for index, batch in enumerate(self._batches[:count]):
+            self._current = index
+            try:
+                output = batch(self._model)
+            except HollowRead as read:
+                self._compute_again(read.block, [])
+                output = batch(self._model)
+            yield output
 
     def done(self, group: Group) -> None:
         """Say that the group's layers are pruned; blocks that are complete are cached from now."""
