@@ -204,6 +204,43 @@ def test_a_file_or_shards_are_sources_too(source, tmp_path):
         assert_equal(written(out), expected)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_layers_that_share_a_weight(tmp_path, twice):
+    torch.manual_seed(0)
+    model, data = Tied(), [torch.randn(40, WIDTH)]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if not twice:
+        del state["second.weight"]
+    save_file(state, tmp_path / "dense.safetensors")
+    expected = prune(model, "2:4", "sparsegpt", data, progress=False)
+    with torch.device("meta"):
+        empty = Tied()
+    found = prune_file(
+        empty, tmp_path / "dense.safetensors", tmp_path / "out", "2:4", calibration=data,
+        progress=False,
+    )  # fmt: skip
+    assert_equal(written(tmp_path / "out"), {name: model.state_dict()[name] for name in state})
+    assert [(r.name, r.sparsity, r.reason) for r in found.layers] == [
+        (r.name, r.sparsity, r.reason) for r in expected.layers
+    ]
+    assert empty.second.weight is empty.first.weight
+
+
+def test_calibration_that_reaches_no_layer_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="no calibration batch runs any of the layers"):
+        run(source, tmp_path / "out", targets="unused")
+
+
 class Attention(nn.Module):
     """Modules whose forward reads the weights of others, and one that keeps a second list."""
 
@@ -353,10 +390,21 @@ def test_a_source_that_changed_is_refused(source, tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', '{"version": 1}'])
 def test_a_damaged_journal_is_refused(source, tmp_path, text):
-    run(source, tmp_path / "out")
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "prune.json").write_text(text)
     with pytest.raises(ValueError, match=r"prune\.json is damaged"):
         run(source, tmp_path / "out")
+
+
+def test_a_journal_of_other_layers_is_refused(source, tmp_path):
+    run(source, tmp_path / "out", method="magnitude", calibration=None)
+    path = tmp_path / "out" / "prune.json"
+    path.write_text(path.read_text().replace("blocks.1.q", "blocks.7.q"))
+    journal = json.loads(path.read_text())
+    journal["settings"]["pattern"]["blocks.1.q"] = journal["settings"]["pattern"].pop("blocks.7.q")
+    path.write_text(json.dumps(journal))
+    with pytest.raises(ValueError, match=r"prune\.json is damaged \(its layers\)"):
+        run(source, tmp_path / "out", method="magnitude", calibration=None)
 
 
 def test_a_folder_of_something_else_is_refused(source, tmp_path):
@@ -425,7 +473,10 @@ def test_what_the_source_lacks_is_named(tmp_path):
     [
         (torch.zeros(WIDTH, 8), r"'blocks\.1\.q\.weight' with shape \[16, 8\], the model with"),
         (torch.zeros(WIDTH, WIDTH, dtype=torch.int8), "as I8, the model as torch.float32"),
-        (torch.zeros(WIDTH, WIDTH).to(torch.float8_e5m2), "as F8_E5M2, expected one of F64"),
+        (
+            torch.zeros(WIDTH, WIDTH).to(torch.float8_e5m2),
+            "as F8_E5M2, the model as torch.float32; both",
+        ),
         (torch.full((WIDTH, WIDTH), torch.nan), r"weight of 'blocks\.1\.q' holds 256 NaN"),
     ],
 )

@@ -248,18 +248,22 @@ def _calibrated(
     `tokens` gets the number of tokens or patches that each layer saw.
     """
     with calibration:
-        if not calibration.groups:
-            some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
-            raise ValueError(
-                f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
-                "the batches go through them"
-            )
+        _require_groups(calibration)
         for group in calibration.groups:
             # Passed on without a name here: the next one is made when this one is gone.
             apply(group.layers, calibration.moments(group))
             tokens.update((layer.name, calibration.count) for layer in group.layers)
             calibration.done(group)
         return calibration.unreached
+
+
+def _require_groups(calibration: Calibration) -> None:
+    if not calibration.groups:
+        some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
+        raise ValueError(
+            f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
+            "the batches go through them"
+        )
 
 
 def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer], stacklevel: int) -> None:

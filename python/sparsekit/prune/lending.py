@@ -18,6 +18,13 @@ from sparsekit.prune.layers import Layer
 # Their forward reads the weights of modules that it does not call.
 _READS_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -204,9 +211,11 @@ def _check_kind(name: str, tensor: Tensor, source: Checkpoint) -> None:
             f"prune_file: the source has {name!r} with shape {list(shape)}, the model with "
             f"{list(tensor.shape)}"
         )
-    if tensor.is_floating_point() != dtype.startswith(("F", "BF")):
+    # Narrower floats go with scales that this knows nothing of.
+    if (tensor.dtype in _DTYPES.values()) != (dtype in _DTYPES):
         raise ValueError(
-            f"prune_file: the source has {name!r} as {dtype}, the model as {tensor.dtype}"
+            f"prune_file: the source has {name!r} as {dtype}, the model as {tensor.dtype}; both "
+            f"must be of {', '.join(_DTYPES)}, or neither"
         )
 
 

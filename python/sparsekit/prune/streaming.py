@@ -27,7 +27,14 @@ from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
 from sparsekit.patterns import PatternChoice
-from sparsekit.prune.api import _check_weight, _describe, _lookup, _Run, _warn_of_few
+from sparsekit.prune.api import (
+    _check_weight,
+    _describe,
+    _lookup,
+    _require_groups,
+    _Run,
+    _warn_of_few,
+)
 from sparsekit.prune.calibration import (
     CACHE_BYTES,
     Batch,
@@ -54,7 +61,6 @@ from sparsekit.prune.targets import choose_layers
 
 JOURNAL = "prune.json"
 _VERSION = 1
-_DTYPES = ("F64", "F32", "F16", "BF16")
 # Of the shards for what is not pruned.
 _SHARD_BYTES = 512 << 20
 
@@ -91,8 +97,9 @@ def prune_file(
     machine with the same threads to the same bits; `prune.json` in `out` is its journal.
 
     Args:
-        model: built under `torch.device("meta")`, in the dtype to compute in. Buffers that the
-            source lacks, tables of rotary embeddings for instance, must be real.
+        model: built under `torch.device("meta")`, in the dtype to compute in; weights of another
+            dtype are cast each time that they are read. Buffers that the source lacks, tables of
+            rotary embeddings for instance, must be real.
         source: a safetensors file, a list of shards, or a folder of them with an index.
         out: a new or empty folder, or that of the run to go on with.
         pattern: as for `prune`; so are the following.
@@ -144,7 +151,7 @@ def prune_file(
     checkpoint = Checkpoint(source)
     device = torch.device(device)
     lender = Lender(model, checkpoint, device)
-    _check_layers(layers, lender, checkpoint)
+    _check_on_meta(layers, lender)
     settings = {
         "pattern": {layer_name: str(wanted) for layer_name, wanted in patterns.items()},
         "method": method,
@@ -175,6 +182,7 @@ def prune_file(
             run = stack.enter_context(
                 Calibration(model, batches, layers, cache_bytes, pixels, groups=known)
             )
+            _require_groups(run)
             groups = run.groups
         elif not resumed:
             groups = [Group([layer]) for layer in layers]
@@ -329,6 +337,9 @@ class _Output:
                     f"prune_file: {self._folder} holds a run with another {key} ({_short(before)}, "
                     f"now {_short(now)}); call as before to go on with it, or pass a new folder"
                 )
+        planned = {name for names, _ in groups for name in names}
+        if not entries.keys() <= planned <= self._names.keys():
+            raise ValueError(f"prune_file: {journal} is damaged (its layers); pass a new folder")
         self._lay_out(groups)
         for name, entry in entries.items():
             # One whose file is gone is done again.
@@ -427,19 +438,13 @@ class _StoredMasks(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _check_layers(layers: Sequence[Layer], lender: Lender, source: Checkpoint) -> None:
+def _check_on_meta(layers: Sequence[Layer], lender: Lender) -> None:
     for layer in layers:
         if layer.weight not in lender.names:
             raise ValueError(
                 f"prune_file: the weight of {layer.name!r} is in memory ({layer.weight.device}); "
                 "build the model under torch.device('meta'), or use prune"
             )
-        for name in lender.names[layer.weight]:
-            if source.dtypes[name] not in _DTYPES:
-                raise ValueError(
-                    f"prune_file: the source has {name!r} as {source.dtypes[name]}, expected one "
-                    f"of {', '.join(_DTYPES)}; leave it out with ignore="
-                )
 
 
 def _digest(batches: Sequence[Batch]) -> str:
