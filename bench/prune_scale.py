@@ -288,7 +288,7 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     where = machine()
     date = datetime.date.today().isoformat()
-    setting = f"torch {where['torch']}, {where['cpu']}, {torch.get_num_threads()} threads."
+    setting = f"torch {where['torch']}, {where['cpu']}, threads: {torch.get_num_threads()}."
     figures: dict[str, Any] = {"date": date, **where, "threads": torch.get_num_threads()}
     if options.solve:
         known: dict[str, tuple[int, float]] = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.prune.calibration import Calibration, read_batches
+from sparsekit.prune.calibration import CACHE_BYTES, Calibration, read_batches
 from sparsekit.prune.layers import Layer
 
 
@@ -312,6 +312,38 @@ def test_blocks_that_others_read_are_kept(blocks_at_a_time):
                 torch.testing.assert_close(moment, expected)
             calibration.done(group)
         assert kept_bytes(calibration) == 3 * one  # of the two that are read, and the last
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_stacks_within_a_stack(first):
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            for stage in self.stages:
+                x = stage(x)
+            return x
+
+    torch.manual_seed(0)
+    model, batches = Stages(), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for number, group in enumerate(calibration.groups):
+            if number >= first:
+                (moment,) = calibration.moments(group)
+                fresh = Stages()
+                fresh.load_state_dict(model.state_dict())
+                expected = moments_of(fresh, batches, group.layers[0].name)
+                torch.testing.assert_close(moment, expected)
+                # Of the last stage and of the last block in this one.
+                assert kept_bytes(calibration) <= 2 * one
+            calibration.done(group)
+    assert calibration._cache_left == CACHE_BYTES - kept_bytes(calibration)
 
 
 def test_outputs_are_those_of_the_model_as_it_is():

@@ -342,14 +342,15 @@ class Calibration:
                 self._stack_of[other] is stack for other in self._played
             ):
                 continue
-            if not recording.hollow:
-                self._cache_left += freed - recording.nbytes
-                inside = set(block.modules())
-                for other in replaced:
-                    if other in inside:
-                        self._played.pop(other).stop()
-                    else:
-                        self._played[other].empty()
+            inside = set(block.modules())
+            for other in replaced:
+                if other in inside:
+                    self._cache_left += self._played[other].nbytes
+                    self._played.pop(other).stop()
+                elif not recording.hollow:
+                    self._cache_left += self._played[other].nbytes
+                    self._played[other].empty()
+            self._cache_left -= recording.nbytes
             self._played[block] = Playback(block, outputs, lambda: self._current)
 
     def _compute_again(self, block: nn.Module, recordings: Sequence[Recording]) -> None:

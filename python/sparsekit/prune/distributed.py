@@ -80,9 +80,10 @@ class Ranks:
         return [answer for _, answer in answers]
 
     def require_same(self, what: str, value: Any) -> None:
-        """
+        """Check a value that the work depends on.
+
         Raises:
-            ValueError: another rank has another value.
+            ValueError: another rank has another one.
         """
         values = self.exchange(value)
         for rank, theirs in enumerate(values):
