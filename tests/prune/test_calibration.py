@@ -343,7 +343,7 @@ def test_stacks_within_a_stack(first):
                 # Of the last stage and of the last block in this one.
                 assert kept_bytes(calibration) <= 2 * one
             calibration.done(group)
-    assert calibration._cache_left == CACHE_BYTES - kept_bytes(calibration)
+        assert calibration._cache_left == CACHE_BYTES - kept_bytes(calibration)
 
 
 def test_outputs_are_those_of_the_model_as_it_is():
