@@ -47,7 +47,7 @@ from sparsekit.prune.reconstruct import (
 
 _ROOT = Path(__file__).parents[1]
 _MIB = 1 << 20
-_SAMPLE_S = 0.005
+_SAMPLE_S = 0.02
 _LAYERS_PER_FILE = 8
 # A step that is expected to take longer is left out.
 _LIMIT_S = 240.0
