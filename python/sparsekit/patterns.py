@@ -373,6 +373,12 @@ def match(name: str, expression: str) -> bool:
     return fnmatch.fnmatchcase(name, expression)
 
 
+def exactly(name: str) -> str:
+    """The expression that matches this module name and no other: the name itself, mostly."""
+    escaped = re.sub(r"([*?[])", r"[\1]", name)
+    return f"[r]{escaped[1:]}" if escaped.startswith("re:") else escaped
+
+
 def resolve_pattern(name: str, pattern: PatternChoice) -> Pattern | None:
     """The pattern for one module.
 

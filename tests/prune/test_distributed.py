@@ -84,6 +84,7 @@ def scenarios(rank):
     yield "one idle", pruned(mine if rank == 0 else [], distributed=True)
     yield "taylor", pruned(mine, "taylor", distributed=True, loss=loss)
     yield "taylor, one idle", pruned(mine if rank else [], "taylor", distributed=True, loss=loss)
+    yield "owl", pruned(mine, "wanda", distributed=True, allocation="owl")
     yield "random", pruned(None, "random", distributed=True)
     yield "both idle", failing(batches=[])
     yield "both idle, taylor", failing(batches=[], method="taylor", loss=loss)
@@ -94,6 +95,7 @@ def scenarios(rank):
     yield "settings", failing(batches=mine, dampening=0.01 * (rank + 1))
     model = Model()
     model.experts[1].weight.data[0, 0] += rank
+    yield "allocation", failing(batches=mine, allocation="owl" if rank else "uniform")
     yield "weights", failing(batches=mine, model=model)
     tensors = [torch.full((2,), rank + 1.0), torch.tensor(rank + 1)]
     all_reduce_sum(tensors, Ranks.of(True))
@@ -147,6 +149,7 @@ def results(tmp_path_factory):
         ("group", "wanda", (0, 1)),
         ("one idle", "sparsegpt", (0,)),
         ("taylor", "taylor", (0, 1)),
+        ("owl", "wanda", (0, 1)),
         ("taylor, one idle", "taylor", (1,)),
         ("again", "sparsegpt", (0, 1)),
     ],
@@ -154,6 +157,8 @@ def results(tmp_path_factory):
 def test_masks_are_those_of_one_process_with_all_batches(results, scenario, method, ranks):
     first, second = (answers[scenario] for answers in results)
     options = {"loss": loss} if method == "taylor" else {}
+    if scenario == "owl":
+        options["allocation"] = "owl"
     alone = pruned([batch for rank in ranks for batch in batches_of(rank)], method, **options)
     assert first["layers"] == second["layers"] == alone["layers"]
     assert first["masks"].keys() == second["masks"].keys() == alone["masks"].keys()
@@ -206,6 +211,7 @@ def test_what_fails_on_one_rank_fails_on_both(results, scenario, kind, message, 
         ("both idle", "no rank has any batches; give at least one of them some"),
         ("both idle, taylor", "no rank has any batches; give at least one of them some"),
         ("settings", "the call of rank 1 differs from that of rank 0"),
+        ("allocation", "the call of rank 1 differs from that of rank 0"),
         ("weights", "a weight of rank 1 differs from that of rank 0; every rank must call"),
     ],
 )

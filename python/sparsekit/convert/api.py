@@ -10,37 +10,22 @@ from typing import Any, Literal
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparsekit.convert.candidates import (
-    KINDS,
-    Candidate,
-    choose_pattern,
-    parents,
-    refuse_by_structure,
-)
-from sparsekit.convert.judge import Judgement, judge
+from sparsekit.convert.candidates import Candidate, choose_pattern, find_candidates
+from sparsekit.convert.judge import Judgement, judge, make_sparse
 from sparsekit.convert.report import ConvertReport, ConvertRow
 from sparsekit.convert.watch import watch
 from sparsekit.gate import VerdictCache
 from sparsekit.nn import (
     FoldedBatchNorm,
     FusedActivation,
-    SparseConv1d,
-    SparseConv2d,
-    SparseLinear,
     batchnorm,
     fuse_residuals,
     fusion,
 )
 from sparsekit.nn.memory_format import put_weights_in_nhwc
-from sparsekit.patterns import PatternChoice, require_match, select_modules
+from sparsekit.patterns import PatternChoice, require_match
 
 Gate = Literal["measure", "always"]
-
-_SPARSE: dict[type[nn.Module], Any] = {
-    nn.Linear: SparseLinear,
-    nn.Conv1d: SparseConv1d,
-    nn.Conv2d: SparseConv2d,
-}
 
 
 def convert(
@@ -112,15 +97,9 @@ def convert(
             "convert: fold_batchnorm=True needs example_inputs, to see that nobody calls a batch "
             "normalisation or its layer by itself; pass what the model is called with"
         )
-    holders = parents(model)
-    candidates = [
-        Candidate(name, module, holders.get(id(module), []))
-        for name, module in select_modules(model, targets, ignore, KINDS)
-        if isinstance(module, KINDS)
-    ]
+    candidates = find_candidates(model, targets, ignore)
     if isinstance(pattern, Mapping):
         require_match(pattern, [each.name for each in candidates], "convert: pattern")
-    refuse_by_structure(model, candidates)
     for each in candidates:
         if not each.reason:
             choose_pattern(each, pattern)
@@ -198,9 +177,7 @@ def _convert_layer(candidate: Candidate, fuse: bool, verdicts: VerdictCache | No
     place = candidate.activation if fuse else None
     activation = fusion.activation_name(place.module) if place else None
     try:
-        sparse = _SPARSE[type(dense)].from_dense(
-            dense, candidate.pattern, candidate.mask, activation
-        )
+        sparse = make_sparse(candidate, activation)
         judged = judge(candidate, sparse.packed, activation, verdicts)
     except NotImplementedError as error:
         return _row(candidate, str(error))

@@ -20,6 +20,7 @@ from sparsekit.patterns import (
     Pattern,
     PatternChoice,
     resolve_pattern,
+    select_modules,
 )
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -96,6 +97,24 @@ class Candidate:
     def is_batched(self) -> bool:
         """Whether the examples always had a first dimension that counts examples, and no other."""
         return all(len(call.shape) == _BATCHED_DIMS[type(self.module)] for call in self.calls)
+
+
+def find_candidates(
+    model: nn.Module, targets: str | Sequence[str] | None, ignore: str | Sequence[str] | None
+) -> list[Candidate]:
+    """The chosen layers, with reasons for those that their place or kind refuses.
+
+    Raises:
+        ValueError: an expression in `targets` matches no layer.
+    """
+    holders = parents(model)
+    candidates = [
+        Candidate(name, module, holders.get(id(module), []))
+        for name, module in select_modules(model, targets, ignore, KINDS)
+        if isinstance(module, KINDS)
+    ]
+    refuse_by_structure(model, candidates)
+    return candidates
 
 
 def parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

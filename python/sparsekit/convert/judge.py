@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from torch import Tensor, nn
 
 from sparsekit.clock import clock, warm_up
 from sparsekit.convert.candidates import Call, Candidate
 from sparsekit.gate import MIN_SPEEDUP, Verdict, VerdictCache
+from sparsekit.nn import SparseConv1d, SparseConv2d, SparseLinear
 from sparsekit.nn.memory_format import put_channels_last
 from sparsekit.pack import PackedWeight
 from sparsekit.workload import ConvWorkload, LinearWorkload, Workload, kernel_for
 
+_SPARSE: dict[type[nn.Module], Any] = {
+    nn.Linear: SparseLinear,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv2d: SparseConv2d,
+}
 _CONVERSIONS = 9
 
 MIN_CONV_SAVING_MS = 0.05
@@ -42,6 +49,16 @@ class _Case:
     call: Call
     workload: Workload
     count: int = 0
+
+
+def make_sparse(candidate: Candidate, activation: str | None) -> Any:
+    """The sparse layer that may take a candidate's place.
+
+    Raises:
+        NotImplementedError: there is no format for its weight here.
+    """
+    kind = _SPARSE[type(candidate.module)]
+    return kind.from_dense(candidate.module, candidate.pattern, candidate.mask, activation)
 
 
 def judge(

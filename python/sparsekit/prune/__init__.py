@@ -10,7 +10,9 @@ import inspect
 import sys
 import types
 
+from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
+from sparsekit.prune.latency import LatencyPlan, plan_latency
 from sparsekit.prune.lottery import find_lottery_ticket
 from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
@@ -18,19 +20,27 @@ from sparsekit.prune.permute import find_permutation, kept_share, permute_channe
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
 from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scan import SensitivityReport, SensitivityRow
+from sparsekit.prune.sensitivity import sensitivity
 from sparsekit.prune.streaming import prune_file
 from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
 __all__ = [
+    "ALLOCATIONS",
     "LOSSES",
     "METHODS",
+    "OWL",
     "RECONSTRUCTIONS",
     "TRAINING_METHODS",
     "DistillReport",
     "HeldMasks",
+    "LatencyPlan",
     "Method",
     "PruneReport",
     "PrunedLayer",
+    "Sensitivity",
+    "SensitivityReport",
+    "SensitivityRow",
     "SparseTraining",
     "distill",
     "find_lottery_ticket",
@@ -39,9 +49,11 @@ __all__ = [
     "kept_share",
     "load_masks",
     "permute_channels",
+    "plan_latency",
     "prune",
     "prune_file",
     "save_masks",
+    "sensitivity",
     "train_sparse",
 ]
 

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
+from sparsekit.prune.allocate import (
+    ALLOCATIONS,
+    Allocation,
+    DenseModel,
+    allocate,
+    find_allocation,
+)
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
 from sparsekit.prune.distributed import (
     DistributedChoice,
@@ -21,7 +28,7 @@ from sparsekit.prune.distributed import (
     together,
 )
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.methods import METHODS
+from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import (
     RECONSTRUCTIONS,
@@ -31,6 +38,7 @@ from sparsekit.prune.reconstruct import (
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.scan import PruneLayer
 from sparsekit.prune.scores import Score, Unpruned
 from sparsekit.prune.targets import choose_layers
 
@@ -52,6 +60,7 @@ def prune(
     pixels: int = PIXELS,
     loss: Loss | None = None,
     seed: int = 0,
+    allocation: str | Allocation = "uniform",
     *,
     distributed: DistributedChoice = None,
 ) -> PruneReport:
@@ -92,17 +101,23 @@ def prune(
             by it alone. Methods that need gradients take them from it, or else from the `.loss`
             in the model's own output.
         seed: of the method "random"; the others draw nothing.
+        allocation: how the density of a pattern is spread over the layers that have it, a name in
+            `ALLOCATIONS` or one of its functions with options, `OWL(spread=0.1)` for instance.
+            All layers of a pattern together keep as much as with "uniform". A layer that gets to
+            keep everything stays dense.
         distributed: several processes calibrate together, each on batches of its own (one may have
             none), and end with equal masks and weights: True for the default process group of
             `torch.distributed`, or a `ProcessGroup`. Every process calls this with the same model
-            and settings; when one fails, all raise.
+            and settings; when one fails, all raise. A scan that `allocation` makes counts as the
+            first process finds it.
 
     Returns:
         What was done to each layer, with the masks.
 
     Raises:
-        ValueError: unknown method or reconstruction, a number of pixels below 1, calibration
-            missing where it is needed, empty, exhausted or not made of batches, no layer to prune
+        ValueError: unknown method, reconstruction or allocation, a pattern that leaves an
+            allocation nothing to spread, a number of pixels below 1, calibration missing
+            where it is needed, empty, exhausted or not made of batches, no layer to prune
             or none that calibration or a gradient reaches, a loss that is missing or is no finite
             scalar, a weight that is empty, a weight or gradient that holds NaN or infinities: the
             model is as before. Inputs of a layer that hold NaN or infinities, or cannot be
@@ -116,14 +131,8 @@ def prune(
     """
     ranks = Ranks.of(distributed)
     started = time.perf_counter()
-    chosen_method = _lookup(METHODS, method, "method")
-    name = chosen_method.reconstruction if reconstruction is None else reconstruction
-    solve = _lookup(RECONSTRUCTIONS, name, "reconstruction")
-    if calibration is None and (chosen_method.needs_calibration or name != "none"):
-        raise ValueError(
-            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
-            "calibration=batches, or use method='magnitude'"
-        )
+    chosen_method, name, solve = choose_method(method, reconstruction, calibration is not None)
+    spread = find_allocation(allocation)
     if pixels < 1:
         raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
@@ -132,11 +141,14 @@ def prune(
         batches = read_batches(calibration, loss=loss, may_be_empty=ranks.several)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
-        _check_weight(layer)
+        check_weight(layer)
     if ranks.several:
         ranks.require_same(
             "the call",
-            {"settings": (method, name, options, pixels, batches is None, loss is None, seed)}
+            {
+                "settings": (method, name, options, pixels, batches is None, loss is None, seed),
+                "allocation": getattr(spread, "__name__", repr(spread)),
+            }
             | {layer_name: str(wanted) for layer_name, (_, wanted) in chosen.items()},
         )
         ranks.require_same(
@@ -144,8 +156,11 @@ def prune(
         )
     statistics: dict[str, Tensor] = {}
     if chosen_method.statistic is not None:
+        over_layers = spread is ALLOCATIONS["global"]
         if batches or not chosen_method.needs_calibration:
-            statistics = chosen_method.statistic(Unpruned(model, chosen, batches or (), seed))
+            statistics = chosen_method.statistic(
+                Unpruned(model, chosen, batches or (), seed, over_layers)
+            )
         if batches is not None and chosen_method.needs_calibration:
             weights = {layer_name: layer.weight for layer_name, (layer, _) in chosen.items()}
             statistics = mean_over_ranks(statistics, len(batches), weights, ranks)
@@ -157,8 +172,26 @@ def prune(
                 "prune: no gradient reaches any of the layers to prune; compute the loss from the "
                 "model's output, without torch.no_grad() or .detach()"
             )
-    patterns = {layer_name: wanted for layer_name, (_, wanted) in chosen.items()}
-    layers = [layer for layer, _ in chosen.values()]
+    before = DenseModel(
+        model,
+        batches,
+        method,
+        chosen_method,
+        options,
+        layer_pruner(chosen_method, solve, options, lambda _: statistics),
+        statistics,
+        cache_bytes,
+        pixels,
+        progress,
+        ranks,
+    )
+    patterns: dict[str, Pattern] = {}
+    for layer_name, wanted in ranks.exchange(allocate(before, chosen, spread))[0].items():
+        if wanted is None:
+            dense[layer_name] = (chosen[layer_name][0].modules[0], "its allocation keeps all of it")
+        else:
+            patterns[layer_name] = wanted
+    layers = [chosen[layer_name][0] for layer_name in patterns]
     run = _Run(patterns, chosen_method.score, solve, options, statistics)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
@@ -282,6 +315,47 @@ def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer], stacklevel:
         )
 
 
+def choose_method(
+    method: str, reconstruction: str | None, calibrated: bool
+) -> tuple[Method, str, Reconstruction]:
+    """The method, and the name and function of its reconstruction.
+
+    Raises:
+        ValueError: unknown, or calibration missing where it is needed.
+    """
+    chosen: Method = _lookup(METHODS, method, "method")
+    name = chosen.reconstruction if reconstruction is None else reconstruction
+    solve: Reconstruction = _lookup(RECONSTRUCTIONS, name, "reconstruction")
+    if not calibrated and (chosen.needs_calibration or name != "none"):
+        raise ValueError(
+            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
+            "calibration=batches, or use method='magnitude'"
+        )
+    return chosen, name, solve
+
+
+def layer_pruner(
+    method: Method,
+    solve: Reconstruction,
+    options: ReconstructionOptions,
+    statistics: Callable[[Pattern], Mapping[str, Tensor]],
+) -> PruneLayer:
+    """Prunes one layer by itself, to see what comes of it.
+
+    Args:
+        method: its score.
+        solve: reconstruction.
+        options: of that.
+        statistics: the method's, for a pattern.
+    """
+
+    def prune_layer(layer: Layer, wanted: Pattern, moments: Tensor | None) -> None:
+        run = _Run({layer.name: wanted}, method.score, solve, options, statistics(wanted))
+        run.prune(layer, moments)
+
+    return prune_layer
+
+
 def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
     try:
         return registry[name]
@@ -291,7 +365,12 @@ def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
         ) from None
 
 
-def _check_weight(layer: Layer) -> None:
+def check_weight(layer: Layer) -> None:
+    """Refuse a weight that is empty or not finite.
+
+    Raises:
+        ValueError: it is.
+    """
     weight = layer.weight
     if weight.numel() == 0:
         raise ValueError(

@@ -36,6 +36,11 @@ class Method:
         """Whether `prune` must be given calibration batches."""
         return self.needs != "nothing"
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the score reads the inputs of a layer, and no statistic made beforehand."""
+        return self.needs == "inputs" and self.statistic is None
+
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(scores.magnitude),

@@ -7,7 +7,7 @@ Each function takes `(weight [n, k], pattern, score, moment [k, k] or None, opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -177,9 +177,7 @@ def reconstruct(
         Weights and mask, both `[groups, n, k]`.
     """
     given: Sequence[Tensor | None] = [None] * len(weights) if moments is None else list(moments)
-    scores = [score] * len(weights)
-    if statistic is not None:
-        scores = [with_statistic(score, part) for part in statistic]
+    scores = bind(score, statistic, len(weights))
     shares = _shares(weights, pattern, scores, given, options)
     solved = [
         solve(weight, share, mine, moment, options)
@@ -198,12 +196,31 @@ def _shares(
     """The pattern inside each group. How many blocks a group keeps all groups decide together."""
     if len(weights) == 1 or not isinstance(pattern, BlockSparse):
         return [pattern] * len(weights)
-    ranks = [
-        score(weight, None if moment is None else _columns(moment, options))
-        for weight, score, moment in zip(weights, scores, moments, strict=True)
-    ]
-    kept = pattern.occupancy(pattern.mask(torch.cat(ranks))).view(len(weights), -1)
+    ranks = score_groups(weights, scores, moments, options)
+    kept = pattern.occupancy(pattern.mask(ranks.flatten(0, 1))).view(len(weights), -1)
     return [replace(pattern, sparsity=1.0 - int(part.sum()) / part.numel()) for part in kept]
+
+
+def score_groups(
+    weights: Tensor,
+    scores: Iterable[Score],
+    moments: Iterable[Tensor | None],
+    options: ReconstructionOptions,
+) -> Tensor:
+    """The score `[groups, n, k]` of a layer, each group with the statistics of its own inputs."""
+    return torch.stack(
+        [
+            score(weight, None if moment is None else _columns(moment, options))
+            for weight, score, moment in zip(weights, scores, moments, strict=True)
+        ]
+    )
+
+
+def bind(score: Score, statistic: Tensor | None, groups: int) -> list[Score]:
+    """The score of each group, with its part of a statistic `[groups, n, k]`."""
+    if statistic is None:
+        return [score] * groups
+    return [with_statistic(score, part) for part in statistic]
 
 
 def relative_error(dense: Tensor, pruned: Tensor, moment: Tensor) -> float:

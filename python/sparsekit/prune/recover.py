@@ -183,9 +183,9 @@ def distill(
                 got = read(batch(student), batch)
             loss = torch.zeros((), device=trained[0].device)
             if output_weight:
-                loss = loss + output_weight * compare(*_real(got, wanted, batch))
+                loss = loss + output_weight * compare(*without_padding(got, wanted, batch))
             for name in names:
-                pair = _real(student_states[name], teacher_states[name], batch)
+                pair = without_padding(student_states[name], teacher_states[name], batch)
                 loss = loss + hidden_weight / len(names) * relative_mse(*pair)
             value = loss.item()
             if not math.isfinite(value):
@@ -250,22 +250,28 @@ def _trained(
     return list(out)
 
 
-def _default_output(returned: Any, batch: Batch) -> Tensor:
+def main_output(returned: Any) -> Tensor | None:
+    """The tensor among what a model returns that tells models apart, where there is a usual one."""
     for name in ("logits", "last_hidden_state"):
         value = getattr(returned, name, None)
         if isinstance(value, Tensor):
             return value
     if isinstance(returned, tuple | list) and returned:
         returned = returned[0]
-    if not isinstance(returned, Tensor):
+    return returned if isinstance(returned, Tensor) else None
+
+
+def _default_output(returned: Any, batch: Batch) -> Tensor:
+    found = main_output(returned)
+    if found is None:
         raise ValueError(
             f"distill: the model returns a {type(returned).__name__}; pass output= to choose the "
             "tensor to compare"
         )
-    return returned
+    return found
 
 
-def _real(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def without_padding(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Both without padding tokens, in float32 or wider."""
     mask = batch.token_mask
     if mask is not None and student.dim() > 2 and student.shape[:2] == mask.shape:

@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from sparsekit.patterns import PatternChoice
 from sparsekit.prune.api import (
-    _check_weight,
     _describe,
-    _lookup,
     _require_groups,
     _Run,
     _warn_of_few,
+    check_weight,
+    choose_method,
 )
 from sparsekit.prune.calibration import (
     CACHE_BYTES,
@@ -53,9 +53,8 @@ from sparsekit.prune.checkpoint import (
 )
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.lending import Lender
-from sparsekit.prune.methods import METHODS
 from sparsekit.prune.patches import PIXELS
-from sparsekit.prune.reconstruct import RECONSTRUCTIONS, ReconstructionOptions
+from sparsekit.prune.reconstruct import ReconstructionOptions
 from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.targets import choose_layers
 
@@ -128,14 +127,7 @@ def prune_file(
         RuntimeError: the folder is in use by another process.
     """
     started = time.perf_counter()
-    chosen_method = _lookup(METHODS, method, "method")
-    name = chosen_method.reconstruction if reconstruction is None else reconstruction
-    solve = _lookup(RECONSTRUCTIONS, name, "reconstruction")
-    if calibration is None and (chosen_method.needs_calibration or name != "none"):
-        raise ValueError(
-            f"prune_file: method {method!r} with reconstruction {name!r} needs calibration data; "
-            "pass calibration=batches, or use method='magnitude'"
-        )
+    chosen_method, name, solve = choose_method(method, reconstruction, calibration is not None)
     if chosen_method.statistic is not None:
         raise ValueError(
             f"prune_file: method {method!r} looks at the whole model before it prunes; use prune, "
@@ -174,7 +166,7 @@ def prune_file(
             # Hours of work are not to end at a weight that was bad from the start.
             for layer in layers:
                 with lender.weight_of(layer):
-                    _check_weight(layer)
+                    check_weight(layer)
         groups = [Group([named[n] for n in group], calls) for group, calls in target.groups or []]
         run: Calibration | None = None
         if batches is not None and not target.is_complete:
