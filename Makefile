@@ -11,7 +11,7 @@
 #   make regimes     every regime against the fastest dense path           (REGIMES_ARGS=--peers: sparse engines too)
 #   make gpu-bench   builds for this machine's GPU, tests it, measures it  (OUT=DIR, GPU_ARGS=quick: short form)
 #   make conv-layers convolutions of known networks, against the same     (CONV_ARGS=...)
-#   make digits      accuracy of a pruned ResNet on handwritten digits
+#   make pruning     what pruning costs: every method, on two models; hours  (PRUNING_ARGS=...)
 #   make models      whole models against every engine                     (MODELS_ARGS=...)
 #   make peers-env   what --peers needs: engines with a Python of their own (PEERS_PYTHON: a Python 3.11)
 #   make lint        ruff, mypy, clang-format, import-linter, and the rules they cannot express
@@ -27,7 +27,7 @@
 SHELL  := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-python test-cpp simt test-aarch64 tensorrt cuda-report bench regimes conv-layers digits gpu-bench models peers-env lint format sanitize docs dev wheel sdist aarch64-tools cross-aarch64 wheel-aarch64 clean
+.PHONY: demo test test-python test-cpp simt test-aarch64 tensorrt cuda-report bench regimes conv-layers pruning gpu-bench models peers-env lint format sanitize docs dev wheel sdist aarch64-tools cross-aarch64 wheel-aarch64 clean
 
 PYTHON    ?= python3
 VENV      ?= .venv
@@ -36,6 +36,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 REGIMES_ARGS ?=
 CONV_ARGS ?=
+PRUNING_ARGS ?=
 GPU_ARGS   ?=
 OUT        ?= build/gpu
 MODELS_ARGS ?=
@@ -94,8 +95,10 @@ regimes: $(VENV)/.extra-bench
 conv-layers: $(VENV)/.extra-bench
 	$(BIN)/python -m bench.conv_layers $(CONV_ARGS)
 
-digits: $(VENV)/.extra-bench
-	$(BIN)/python -m bench.digits
+pruning: $(VENV)/.extra-models
+	$(BIN)/python -m bench.pruning digits $(PRUNING_ARGS)
+	$(BIN)/python -m bench.pruning minilm $(PRUNING_ARGS)
+	$(BIN)/python -m bench.pruning report
 
 # With the torch, CUDA compiler and tools that are there: nothing is installed but the package.
 gpu-bench:

@@ -1,44 +1,28 @@
-"""Accuracy of pruned convolutions, on real images: a small ResNet reads handwritten digits.
+"""A small ResNet that reads handwritten digits, trained in a minute.
 
-    python -m bench.digits [--patterns 2:4 2:4v4] [--methods magnitude sparsegpt]
-
-scikit-learn's 1797 images of 8x8 pixels; two thirds train the network from a fixed seed, the rest
-tell how often it is right. It is pruned at once by each method, trained on for a few epochs with
-its zeros held, and converted; the sparse network must be right as often as the pruned dense one.
-The table is printed and written as markdown and JSON.
+scikit-learn's 1797 images of 8x8 pixels: two thirds train the network, the rest tell how often it
+is right.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import sys
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
+from torch.optim import Optimizer
 
-import sparsekit as sk
-from bench.case import machine
-from bench.command import console, positive
-from bench.report import markdown_table, save_run, stem
 from sparsekit.demo import encoder
-from sparsekit.demo.report import Table, rich_table
-from sparsekit.prune import METHODS, hold_masks
+from sparsekit.prune import SparseTraining, hold_masks
 
-PATTERNS = ("2:4", "2:4v4", "bsr16x16@0.5")
 _BATCH = 64
 _RATE = 3e-3
-# Fine-tuning begins where training has ended.
-_TUNING_RATE = 1e-3
-_CALIBRATION = 512
-# Of the largest score: two orders of summation.
-_SAME = 1e-4
+
+Watch: TypeAlias = Callable[[Optimizer, int], SparseTraining]
+"""`(optimizer, steps)` -> what makes the training a sparse one."""
 
 
 class ResidualBlock(nn.Module):
@@ -108,14 +92,35 @@ def load() -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    """Of `(images, labels)`."""
+    images, labels = batch
+    return functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+
+
+def batches(digits: Digits, size: int = _BATCH, most: int | None = None) -> list[Any]:
+    """`(images, labels)` of the training part, in its order."""
+    images, labels = digits.train_images[:most], digits.train_labels[:most]
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def _epoch(digits: Digits, generator: torch.Generator) -> Iterator[Any]:
+    """Every image once, moved by up to a pixel."""
+    for rows in torch.randperm(len(digits.train_labels), generator=generator).split(_BATCH):
+        down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        yield digits.train_images[rows].roll((down, right), (2, 3)), digits.train_labels[rows]
+
+
 def train(
     model: nn.Module,
     digits: Digits,
     epochs: int,
     rate: float = _RATE,
     masks: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    watch: Watch | None = None,
 ) -> nn.Module:
-    """Trains a model in place, by images that are moved by up to a pixel.
+    """Trains a model in place.
 
     Args:
         model: Any.
@@ -123,28 +128,27 @@ def train(
         epochs: Times that every image is seen.
         rate: The largest; it falls to nothing.
         masks: Weights that stay zero.
+        seed: Of the order of the images.
+        watch: Makes the training a sparse one; it has finished when this returns.
 
     Returns:
         The model, in eval mode.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
-    count = len(digits.train_labels)
-    steps = epochs * -(-count // _BATCH)
+    steps = epochs * -(-len(digits.train_labels) // _BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    run = None if watch is None else watch(optimizer, steps)
     model.train()
     with hold_masks(model, masks or {}, optimizer):
         for _ in range(epochs):
-            for rows in torch.randperm(count, generator=generator).split(_BATCH):
-                down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-                images = digits.train_images[rows].roll((down, right), (2, 3))
-                loss = functional.cross_entropy(
-                    model(images), digits.train_labels[rows], label_smoothing=0.1
-                )
+            for batch in _epoch(digits, generator):
                 optimizer.zero_grad()
-                loss.backward()
+                loss(model, batch).backward()
                 optimizer.step()
                 schedule.step()
+    if run is not None:
+        run.finish()
     return model.eval()
 
 
@@ -153,138 +157,3 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     """The share of the test images that a model reads right."""
     right = model(digits.test_images).argmax(1) == digits.test_labels
     return float(right.double().mean())
-
-
-@dataclass(frozen=True)
-class Result:
-    """A pattern and a method.
-
-    Attributes:
-        pruned: Accuracy right after pruning.
-        tuned: After training on with the zeros held.
-        converted: Of the sparse network that was made of that one.
-        sparse_layers: Layers that are sparse in it.
-    """
-
-    pattern: str
-    method: str
-    pruned: float
-    tuned: float
-    converted: float
-    sparse_layers: int
-
-
-def measure(
-    dense: nn.Module, digits: Digits, pattern: str, method: str, tuning_epochs: int
-) -> Result:
-    """Prunes a copy of the dense network, trains it on and converts it.
-
-    Raises:
-        AssertionError: The sparse network gives other scores than the pruned one.
-    """
-    model = deepcopy(dense)
-    report = sk.prune(
-        model, pattern, method, [digits.train_images[:_CALIBRATION]], "blocks.*", progress=False
-    )
-    pruned = accuracy(model, digits)
-    train(model, digits, tuning_epochs, _TUNING_RATE, report.masks)
-    tuned = accuracy(model, digits)
-    sparse = deepcopy(model)
-    rows = sk.convert(
-        sparse,
-        pattern,
-        digits.test_images,
-        gate="always",
-        targets="blocks.*",
-        fuse="all",
-        fold_batchnorm=True,
-        progress=False,
-    ).rows
-    with torch.no_grad():
-        scores, expected = sparse(digits.test_images), model(digits.test_images)
-    error, scale = float((scores - expected).abs().max()), float(expected.abs().max())
-    assert error <= _SAME * scale, f"{pattern}, {method}: scores are off by {error} of {scale}"
-    converted = accuracy(sparse, digits)
-    assert converted == tuned, f"{pattern}, {method}: {converted} converted, {tuned} before"
-    count = sum(row.verdict == "sparse" for row in rows)
-    return Result(pattern, method, pruned, tuned, converted, count)
-
-
-def table(dense: float, results: Sequence[Result]) -> Table:
-    """One row per pattern and method."""
-    rows = [
-        (
-            result.pattern,
-            result.method,
-            f"{dense:.1%}",
-            f"{result.pruned:.1%}",
-            f"{result.tuned:.1%}",
-            f"{result.converted:.1%}",
-            str(result.sparse_layers),
-        )
-        for result in results
-    ]
-    head = ("pattern", "method", ">dense", ">pruned", ">trained on", ">converted", ">sparse layers")
-    return Table("Handwritten digits", head, rows)
-
-
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        SystemExit: It is wrong; the message is on stderr.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.digits",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--patterns", nargs="+", default=list(PATTERNS), metavar="PATTERN")
-    add("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
-    add("--epochs", type=positive, default=30, help="of training the dense network")
-    add("--tuning-epochs", type=positive, default=5, help="of training a pruned one on")
-    add("--out", type=Path, default=Path("bench/results"), help="folder of the result files")
-    return parser.parse_args(given)
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    options = arguments(given)
-    try:
-        digits = load()
-    except ImportError as missing:
-        sys.exit(str(missing))
-    torch.manual_seed(0)
-    dense = train(DigitsResNet(), digits, options.epochs)
-    right = accuracy(dense, digits)
-    todo = [(pattern, method) for pattern in options.patterns for method in options.methods]
-    results = []
-    with tqdm(todo, unit="network") as bar:
-        for pattern, method in bar:
-            bar.set_description(f"{pattern} {method}")
-            results.append(measure(dense, digits, pattern, method, options.tuning_epochs))
-    screen = console()
-    found = table(right, results)
-    screen.print(rich_table(found))
-    where = machine()
-    date = datetime.date.today().isoformat()
-    text = "\n".join(
-        [
-            f"# Accuracy of pruned convolutions: {date}",
-            "",
-            f"torch {where['torch']}, {where['cpu']}. A ResNet of seven convolutions in its "
-            f"blocks, trained for {options.epochs} epochs, pruned at once and trained on for "
-            f"{options.tuning_epochs} with its zeros held; accuracy on "
-            f"{len(digits.test_labels)} images that it never saw.",
-            "",
-            *markdown_table(found),
-        ]
-    )
-    figures = {"date": date, **where, "dense": right, "results": [asdict(r) for r in results]}
-    name = f"{stem(date, where['cpu'], where['isa'])}-digits"
-    paths = save_run(options.out, name, text, figures)
-    screen.print(f"wrote {' and '.join(map(str, paths))}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sparsekit.patterns import Pattern, parse_pattern
-from sparsekit.prune import find_permutation, kept_share, permute_channels, prune
+from sparsekit.prune import find_permutation, kept_share, permute_channels, prune, swaps
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.swaps import Search
+from sparsekit.prune.permute import _search
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:4v4", "bsr4x4@0.5", "bsr8x8@0.75", "bsr16x2@0.5"]
 SHAPES = [(16, 32), (12, 30), (8, 24, 5), (16, 32, 3, 3), (10, 18, 3, 3)]
@@ -66,6 +66,26 @@ def test_no_swap_is_left_that_keeps_more(spelling):
         assert kept_share(weight, spelling, swapped) <= best + 1e-6
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cycles_found_are_the_best_exchange(seed):
+    gains = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed))
+    gains[0, 1] = gains[4, 2] = -torch.inf
+    taken = swaps.best_cycles(gains)
+    best = max(
+        float(gains[range(6), order].sum()) for order in map(list, itertools.permutations(range(6)))
+    )
+    assert float(gains[range(6), taken].sum()) == pytest.approx(best)
+    assert torch.equal(swaps.best_cycles(torch.eye(6)), torch.arange(6))
+
+
+@pytest.mark.parametrize("spelling", ["2:4", "1:4", "2:4v4"])
+def test_cycles_gain_where_swaps_do_not(spelling, monkeypatch):
+    weight = weight_of((32, 64))
+    longer = kept_share(weight, spelling, find_permutation(weight, spelling, rounds=999))
+    monkeypatch.setattr(swaps, "_ESCAPES", 0)
+    assert kept_share(weight, spelling, find_permutation(weight, spelling, rounds=999)) < longer
+
+
 @pytest.mark.parametrize("spelling", PATTERNS)
 def test_channels_that_compete_are_spread(spelling):
     # Half of the channels are worth nothing, in an order in which they fill whole groups.
@@ -102,7 +122,7 @@ def test_rounds_and_rows_bound_the_search():
     shares = [kept_share(weight, "2:4", find_permutation(weight, "2:4", rounds=r)) for r in (1, 2)]
     assert kept_share(weight, "2:4") < shares[0] < shares[1]
     few = find_permutation(weight, "2:4", rows=20)
-    assert len(Search([weight], parse_pattern("2:4"), 20)._scores[0]) == 16
+    assert _search([weight], parse_pattern("2:4"), 20).terms[0].scores.shape == (64, 16)
     assert kept_share(weight, "2:4") < kept_share(weight, "2:4", few)
 
 

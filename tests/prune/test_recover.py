@@ -1,12 +1,13 @@
 """Distillation from the dense model, with the zeros held."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from sparsekit.prune import LOSSES, distill, prune
+from sparsekit.prune import LOSSES, distill, hold_masks, prune
 from sparsekit.prune.recover import cosine, kl_divergence, relative_mse
 
 
@@ -173,34 +174,173 @@ def test_the_learning_rate_rises_and_falls_to_nearly_zero(pair):
     assert 0 < rates[-1] < 0.01
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(pair, tmp_path):
-    student, teacher, masks = pair
-    whole, halves = copy.deepcopy(student), copy.deepcopy(student)
-    expected = distill(whole, teacher, batches_of(), masks, steps=12, progress=False)
+class Interrupted(Exception):
+    pass
 
-    class Interrupted(Exception):
-        pass
 
-    def stop_after_seven(returned, batch, calls=[0]):  # noqa: B006 - counts across calls
-        calls[0] += 1
-        if calls[0] > 14:
+def interrupted_after(count):
+    """An output reader that raises when it is called once more."""
+    calls = 0
+
+    def read(returned, batch):
+        nonlocal calls
+        calls += 1
+        if calls > count:
             raise Interrupted
         return returned[0]
 
-    file = tmp_path / "distill.pt"
-    arguments = {"steps": 12, "progress": False, "checkpoint": file}
+    return read
+
+
+OPTIMIZERS = {
+    "Adam": None,
+    "SGD": sgd,
+    "Adam with amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "NAdam": torch.optim.NAdam,
+    "SGD in groups": lambda p: torch.optim.SGD(
+        [{"params": p[:2]}, {"params": p[2:], "momentum": 0.5, "nesterov": True}], 0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_resumed_run_equals_an_uninterrupted_one(pair, tmp_path, optimizer):
+    student, teacher, masks = pair
+    whole, halves = copy.deepcopy(student), copy.deepcopy(student)
+    arguments = {"steps": 12, "progress": False, "optimizer": optimizer}
+    expected = distill(whole, teacher, batches_of(), masks, **arguments)
+    arguments["checkpoint"] = tmp_path / "distill.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsekit.prune.recover.CHECKPOINT_SECONDS", 0.0)
         with pytest.raises(Interrupted):
-            distill(halves, teacher, batches_of(), masks, output=stop_after_seven, **arguments)
+            distill(halves, teacher, batches_of(), masks, output=interrupted_after(14), **arguments)
     resumed = copy.deepcopy(student)  # A new process starts from the pruned model again.
-    report = distill(resumed, teacher, batches_of(), masks, **arguments)
+    report = distill(
+        resumed, teacher, batches_of(), masks, output=interrupted_after(10), **arguments
+    )
     assert report.losses == expected.losses
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
-    assert [path.name for path in tmp_path.iterdir()] == ["distill.pt"]
-    with pytest.raises(ValueError, match="of another model or other trained parameters"):
-        distill(resumed, teacher, batches_of(), masks, train="body.0.*", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["distill.safetensors"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(pair, tmp_path):
+    student, teacher, masks = pair
+    file = tmp_path / "distill.safetensors"
+    arguments = {"steps": 2, "progress": False, "checkpoint": file}
+    distill(student, teacher, batches_of(), masks, **arguments)
+
+    def refuses(message, masks=masks, **changed):
+        before = copy.deepcopy(student.state_dict())
+        with pytest.raises(ValueError, match=message):
+            distill(student, teacher, batches_of(), masks, **(arguments | changed))
+        after = student.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+    refuses("of another model or other trained parameters", train="body.0.*")
+    refuses("of the optimizer Adam, not SGD", optimizer=sgd)
+    more = {name: mask.clone() for name, mask in masks.items()}
+    more["body.1"][0] = True
+    refuses("of other masks; delete it or pass another path", masks=more)
+    file.write_bytes(file.read_bytes()[:-1])
+    refuses("is no checkpoint of distill, or is damaged")
+    torch.save({"losses": []}, file)
+    refuses("is no checkpoint of distill, or is damaged")
+
+
+# --- the task's own loss ------------------------------------------------------------------------
+
+
+def labelled(count=4):
+    make = torch.Generator().manual_seed(2)
+    return [(x, torch.randint(4, (8, 5), generator=make)) for x in batches_of(count)]
+
+
+def cross_entropy(model, batch):
+    x, labels = batch
+    return nn.functional.cross_entropy(model(x)[0].flatten(0, 1), labels.flatten())
+
+
+def test_training_on_labels_is_the_loop_that_anybody_would_write(pair):
+    student, _, masks = pair
+    by_hand = copy.deepcopy(student).eval()
+    report = distill(
+        student, None, labelled(), masks, loss=cross_entropy, steps=6, warmup=0, lr=0.1,
+        optimizer=sgd, train="*", progress=False,
+    )  # fmt: skip
+    optimizer = sgd(by_hand.parameters())
+    losses = []
+    with hold_masks(by_hand, masks, optimizer):
+        for step in range(6):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 6))
+            loss = cross_entropy(by_hand, labelled()[step % 4])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert list(report.losses) == losses
+    for name, value in by_hand.state_dict().items():
+        assert torch.equal(student.state_dict()[name], value)
+    assert not student.body[0].weight[~masks["body.0"]].any()
+
+
+def test_all_losses_add_up(pair):
+    student, teacher, masks = pair
+    student.eval(), teacher.eval()
+    batch = labelled()[0]
+    with torch.no_grad():
+        got, wanted = student(batch[0])[0], teacher(batch[0])[0]
+        expected = 0.5 * cross_entropy(student, batch) + 2.0 * kl_divergence(got, wanted)
+        for of_student, of_teacher in zip(student.body, teacher.body, strict=True):
+            # The first layer's input is the batch; the others see what came before.
+            x = y = batch[0]
+            for inner, outer in zip(student.body, teacher.body, strict=True):
+                a, b = inner(x), outer(y)
+                if inner is of_student:
+                    expected += 3.0 / 3 * relative_mse(a, b)
+                    break
+                x, y = torch.tanh(a), torch.tanh(b)
+            assert outer is of_teacher
+    report = distill(
+        student, teacher, [batch], masks, loss=cross_entropy, loss_weight=0.5, output_loss="kl",
+        output_weight=2.0, hidden="body.*", hidden_weight=3.0, steps=1, progress=False,
+    )  # fmt: skip
+    assert report.losses[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_batch_reaches_the_loss_as_it_was_given(pair):
+    student, teacher, masks = pair
+    batch = {"input": batches_of(1)[0], "anything": object()}
+    seen = []
+
+    def loss(model, given):
+        seen.append((model, given))
+        return model(given["input"])[0].square().mean()
+
+    distill(student, teacher, [batch], masks, loss=loss, progress=False)
+    assert [model is student for model, _ in seen] == [False, True]
+    assert all(given is batch for _, given in seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": None, "loss": None}, "nothing to minimise; pass a teacher, loss=, or both"),
+        ({"teacher": None, "hidden": "body.*"}, "hidden= compares with a teacher; pass one"),
+        ({"output_weight": 0.0}, "or teacher=None to train on the loss alone"),
+        ({"loss": lambda model, batch: model(batch[0])[0]}, r"scalar tensor, got \[8, 5, 4\]"),
+        ({"loss": lambda model, batch: [model(batch[0])]}, "scalar tensor, got list"),
+        (
+            {"loss": lambda model, batch: model.head(batch[0]).mean()},
+            "loss= did not call the model it was given",
+        ),
+    ],
+)
+def test_refusals_about_the_loss(pair, arguments, message):
+    student, teacher, masks = pair
+    given = {"teacher": teacher, "loss": cross_entropy, "progress": False} | arguments
+    with pytest.raises(ValueError, match=message):
+        distill(student, given.pop("teacher"), labelled(), masks, **given)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def collect(root: Path | None = None, progress: bool = True) -> list[Docstring]:
     found: list[Docstring] = []
     seen: set[str] = set()
     for module, path in tqdm(sources, desc="reading docstrings", unit="file", disable=not progress):
-        for doc in _docstrings(module, path.read_bytes()):
+        for doc in docstrings_of(module, path.read_bytes()):
             # Copies (os and posixpath, say) would be two right answers to one query.
             if doc.query not in seen and (not doc.document or doc.document not in seen):
                 found.append(doc)
@@ -162,7 +162,17 @@ def _sources(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield name, path
 
 
-def _docstrings(module: str, source: bytes) -> Iterator[Docstring]:
+def docstrings_of(module: str, source: bytes) -> Iterator[Docstring]:
+    """The docstrings of 20 characters and more in a source file, in its order.
+
+    Args:
+        module: What names begin with.
+        source: Python; parsed, not run.
+
+    Raises:
+        SyntaxError: It is no Python that this interpreter reads.
+    """
+
     def visit(node: ast.AST, name: str, public: bool) -> Iterator[Docstring]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

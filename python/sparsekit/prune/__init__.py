@@ -12,6 +12,9 @@ import types
 
 from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
 from sparsekit.prune.api import prune
+from sparsekit.prune.batchnorm import update_batchnorm
+from sparsekit.prune.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
+from sparsekit.prune.channels import PermutedLayer, PermuteReport, permute
 from sparsekit.prune.latency import LatencyPlan, plan_latency
 from sparsekit.prune.lottery import find_lottery_ticket
 from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
@@ -23,6 +26,7 @@ from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.scan import SensitivityReport, SensitivityRow
 from sparsekit.prune.sensitivity import sensitivity
 from sparsekit.prune.streaming import prune_file
+from sparsekit.prune.structured import PrunedGroup, StructuredReport, prune_structured
 from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
 __all__ = [
@@ -32,29 +36,39 @@ __all__ = [
     "OWL",
     "RECONSTRUCTIONS",
     "TRAINING_METHODS",
+    "BlocksReport",
     "DistillReport",
     "HeldMasks",
     "LatencyPlan",
     "Method",
+    "PermuteReport",
+    "PermutedLayer",
     "PruneReport",
+    "PrunedGroup",
     "PrunedLayer",
+    "ReconstructedBlock",
     "Sensitivity",
     "SensitivityReport",
     "SensitivityRow",
     "SparseTraining",
+    "StructuredReport",
     "distill",
     "find_lottery_ticket",
     "find_permutation",
     "hold_masks",
     "kept_share",
     "load_masks",
+    "permute",
     "permute_channels",
     "plan_latency",
     "prune",
     "prune_file",
+    "prune_structured",
+    "reconstruct_blocks",
     "save_masks",
     "sensitivity",
     "train_sparse",
+    "update_batchnorm",
 ]
 
 

@@ -49,6 +49,7 @@ METHODS: dict[str, Method] = {
     "sparsegpt": Method(
         scores.optimal_brain_surgeon, "inputs", correlations=True, reconstruction="sweep"
     ),
+    "admm": Method(scores.wanda, "inputs", reconstruction="admm"),
     "taylor": Method(scores.taylor, "gradients", gradients.mean_absolute),
     "fisher": Method(scores.fisher, "gradients", gradients.mean_square),
     "snip": Method(scores.snip, "gradients", gradients.mean),

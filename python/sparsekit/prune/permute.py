@@ -3,7 +3,8 @@
 Which channels lie side by side is an accident of training, but it decides which of them compete
 inside a group of N:M or share a block. A layer's input channels may come in any order as long as
 the layers that make them put them out in the same one: `find_permutation` looks for a good order,
-`permute_channels` applies it, and the network computes what it did. Both come before pruning.
+`permute_channels` applies it, and the network computes what it did. `permute` does both for a whole
+network. All of it comes before pruning.
 
 The idea and the search by swaps of channels: Pool & Yu 2021, "Channel Permutations for N:M
 Sparsity", NeurIPS.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsekit.patterns import NM, BlockSparse, PatternLike, parse_pattern
 from sparsekit.prune.layers import PRUNABLE, groups_of
-from sparsekit.prune.swaps import Search
+from sparsekit.prune.swaps import Search, column_terms, rows_of
 
 _NORMS = (
     nn.BatchNorm1d,
@@ -43,7 +44,7 @@ def kept_share(
         permutation: order of the input channels to look at; None takes them as they are.
     """
     found = _read_weights(weights, "kept_share")
-    search = Search(found, _known(pattern), rows=None)
+    search = _search(found, known(pattern, "kept_share"), rows=None)
     order = _order(permutation, search.channels, "kept_share")
     total = sum(float(weight.abs().sum(dtype=torch.float64)) for weight in found)
     return search.kept(order.to(found[0].device)) / total if total else 1.0
@@ -60,8 +61,9 @@ def find_permutation(
     """An order of the input channels that raises the magnitude a pattern keeps.
 
     Starts with the order there is, and in each round swaps pairs of channels of different groups
-    (blocks), the best pairs first, until no swap gains. A round costs about
-    `channels² · rows` operations at the start and less towards the end.
+    (blocks), the best pairs first, until no swap gains; for N:M, a few rounds then pass channels
+    on along longer cycles of groups. A round costs about `channels² · rows` operations at the
+    start and less towards the end.
 
     Args:
         weights: of every layer that reads these channels: `[n, k]`, `[n, channels, length]` or
@@ -69,7 +71,7 @@ def find_permutation(
             as well; what counts is the sum of absolute values, so scale them if one layer shall
             count for more.
         pattern: what the weights shall follow.
-        rounds: most rounds of swaps.
+        rounds: most rounds of swaps and cycles.
         rows: most rows that the search looks at; of more (a filter has one for each tap), this many
             evenly spaced ones.
 
@@ -86,10 +88,10 @@ def find_permutation(
         if value < 1:
             raise ValueError(f"find_permutation: {name} must be at least 1, got {value}")
     found = _read_weights(weights, "find_permutation")
-    chosen = _known(pattern)
-    order = Search(found, chosen, rows).run(rounds)
+    chosen = known(pattern, "find_permutation")
+    order = _search(found, chosen, rows).run(rounds)
     # The search may have looked at a part of the rows alone.
-    whole, start = Search(found, chosen, rows=None), torch.arange(len(order), device=order.device)
+    whole, start = _search(found, chosen, rows=None), torch.arange(len(order), device=order.device)
     return order if whole.kept(order) > whole.kept(start) else start
 
 
@@ -223,12 +225,18 @@ def _order(permutation: Tensor | None, channels: int, what: str) -> Tensor:
     return order
 
 
-def _known(pattern: PatternLike) -> NM | BlockSparse:
+def _search(weights: Sequence[Tensor], pattern: NM | BlockSparse, rows: int | None) -> Search:
+    scores = [rows_of(weight, pattern) for weight in weights]
+    step = 1 if rows is None else -(-sum(map(len, scores)) // rows)
+    return Search(column_terms(scores, pattern, step))
+
+
+def known(pattern: PatternLike, what: str) -> NM | BlockSparse:
+    """A pattern that there is a search for."""
     parsed = parse_pattern(pattern)
     if not isinstance(parsed, NM | BlockSparse):
         raise ValueError(
-            f"find_permutation: expected an N:M or block pattern, got {parsed}; others have no "
-            "search yet"
+            f"{what}: expected an N:M or block pattern, got {parsed}; others have no search yet"
         )
     return parsed
 

@@ -9,34 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsekit.patterns import BlockSparse, Pattern
+from sparsekit.prune.admm import admm
+from sparsekit.prune.moments import ReconstructionOptions, damped, known_columns
 from sparsekit.prune.scores import Columns, Score, with_statistic
 
-
-@dataclass(frozen=True)
-class ReconstructionOptions:
-    """Settings of a reconstruction.
-
-    Attributes:
-        solver_block: columns whose updates to the columns on their right are applied together;
-            changes the speed, and for block patterns how late a block is chosen.
-        dampening: fraction of the mean diagonal that is added to the diagonal of the second
-            moment before it is inverted.
-    """
-
-    solver_block: int = 128
-    dampening: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.solver_block < 1:
-            raise ValueError(f"prune: solver_block must be at least 1, got {self.solver_block}")
-        if not self.dampening > 0:
-            raise ValueError(f"prune: dampening must be greater than 0, got {self.dampening}")
+__all__ = [
+    "RECONSTRUCTIONS",
+    "Reconstruction",
+    "ReconstructionOptions",
+    "keep_values",
+    "least_squares",
+    "reconstruct",
+    "relative_error",
+    "sweep",
+]
 
 
 def keep_values(
@@ -47,7 +39,7 @@ def keep_values(
     options: ReconstructionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Zero what the mask drops and leave the rest as it is."""
-    columns = None if moment is None else _columns(moment, options)
+    columns = None if moment is None else known_columns(moment, options)
     mask = pattern.mask(score(weight, columns))
     return weight.masked_fill(~mask, 0), mask
 
@@ -118,8 +110,8 @@ def least_squares(
     """
     assert moment is not None
     _, mask = sweep(weight, pattern, score, moment, options)
-    damped = _damped(moment, options)
-    target = weight @ damped
+    moments = damped(moment, options)
+    target = weight @ moments
     out = torch.zeros_like(weight)
     patterns, rows_of = mask.unique(dim=0, return_inverse=True)
 
@@ -127,7 +119,7 @@ def least_squares(
         rows = (rows_of == index).nonzero().flatten()
         kept = patterns[index].nonzero().flatten()
         if len(kept):
-            factor = torch.linalg.cholesky(damped[kept][:, kept])
+            factor = torch.linalg.cholesky(moments[kept][:, kept])
             solved = torch.cholesky_solve(target[rows][:, kept].t(), factor).t()
             out[rows[:, None], kept] = solved
 
@@ -149,6 +141,7 @@ RECONSTRUCTIONS: dict[str, Reconstruction] = {
     "none": keep_values,
     "sweep": sweep,
     "least_squares": least_squares,
+    "admm": admm,
 }
 """Every reconstruction by name. All but "none" need calibration."""
 
@@ -210,7 +203,7 @@ def score_groups(
     """The score `[groups, n, k]` of a layer, each group with the statistics of its own inputs."""
     return torch.stack(
         [
-            score(weight, None if moment is None else _columns(moment, options))
+            score(weight, None if moment is None else known_columns(moment, options))
             for weight, score, moment in zip(weights, scores, moments, strict=True)
         ]
     )
@@ -243,7 +236,7 @@ def _stripes(
         for start in range(0, columns, pattern.k_tile):
             yield start, min(columns, start + pattern.k_tile), pattern
         return
-    kept = pattern.occupancy(pattern.mask(score(weight, _columns(moment, options))))
+    kept = pattern.occupancy(pattern.mask(score(weight, known_columns(moment, options))))
     across = max(1, -(-options.solver_block // pattern.k_tile))
     for first in range(0, kept.shape[1], across):
         part = kept[:, first : first + across]
@@ -252,24 +245,7 @@ def _stripes(
         yield start, min(columns, start + across * pattern.k_tile), share
 
 
-def _damped(moment: Tensor, options: ReconstructionOptions) -> Tensor:
-    diagonal = moment.diagonal()
-    mean = diagonal.mean()
-    out = moment.clone()
-    # All inputs zero: any positive diagonal serves, nothing can be lost.
-    out.diagonal().add_(options.dampening * (mean if mean > 0 else 1.0))
-    return out
-
-
 def _inverse_root(moment: Tensor, options: ReconstructionOptions) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped moment."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moment, options)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, options)))
     return torch.linalg.cholesky(inverse, upper=True)
-
-
-def _columns(moment: Tensor, options: ReconstructionOptions) -> Columns:
-    def inverse_diagonal() -> Tensor:
-        factor = torch.linalg.cholesky(_damped(moment, options))
-        return torch.cholesky_inverse(factor).diagonal()
-
-    return Columns(moment.diagonal().sqrt(), inverse_diagonal)

@@ -1,4 +1,4 @@
-"""Recovery: train the kept weights of a pruned model until it agrees with the dense one again."""
+"""Recovery: train the kept weights of a pruned model, towards the dense one, on labels, or both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch.optim.optimizer import Optimizer
 from tqdm import tqdm
 
 from sparsekit.patterns import match, require_match
-from sparsekit.prune.calibration import Batch, read_batches
+from sparsekit.prune import checkpoints
+from sparsekit.prune.calibration import Batch, Loss, read_batches
 from sparsekit.prune.masks import hold_masks, weight_of
 
 CHECKPOINT_SECONDS = 30.0
@@ -79,10 +80,12 @@ class DistillReport:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     batches: Iterable[Any],
     masks: Mapping[str, Tensor],
     *,
+    loss: Loss | None = None,
+    loss_weight: float = 1.0,
     hidden: str | Sequence[str] = (),
     output: Callable[[Any, Batch], Tensor] | None = None,
     output_loss: str | Callable[[Tensor, Tensor], Tensor] = "relative_mse",
@@ -98,21 +101,31 @@ def distill(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> DistillReport:
-    """Train a pruned model towards the dense one, with its zeros held.
+    """Train a pruned model, with its zeros held: distillation, fine-tuning on labels, or both.
 
-    The loss is `hidden_weight` times the mean relative squared error of the hidden states plus
-    `output_weight` times the loss of the output. Both models run in eval mode, so dropout is off
-    and the same batches give the same result. The learning rate rises linearly over the first
-    `warmup` of the run and falls to zero along a cosine; with `max_seconds` it is at zero when the
-    time is up, however few steps were made.
+    What is minimised is `loss_weight` times the task's `loss`, plus `hidden_weight` times the mean
+    relative squared error of the hidden states, plus `output_weight` times the loss of the output
+    (Hinton et al. 2015, arXiv 1503.02531; hidden states as in Romero et al. 2014,
+    arXiv 1412.6550). Needs inputs, and labels only where `loss` reads them. Costs a forward of the
+    teacher, and a forward and a backward of the student, each step.
+
+    Both models run in eval mode: dropout is off, batch normalisation keeps its statistics, and the
+    same batches give the same result. The learning rate rises linearly over the first `warmup` of
+    the run and falls to zero along a cosine; with `max_seconds` it is at zero when the time is up,
+    however few steps were made.
 
     Args:
         student: the pruned model, changed in place.
-        teacher: the dense model, with the same module names for the hidden states.
+        teacher: the dense model, with the same module names for the hidden states; None trains on
+            `loss` alone.
         batches: iterable of batches as for `prune`; read once, used again from the start when
             there are more steps than batches. Tokens that a 2-D `attention_mask` leaves out do not
             count in a loss on `[batch, tokens, ...]`.
         masks: `PruneReport.masks`.
+        loss: `(model, batch) -> scalar`, the task's loss of one batch as `batches` gave it. It runs
+            the model itself, so that batches may be pairs of inputs and labels; the teacher is run
+            through it as well.
+        loss_weight: weight of the task's loss.
         hidden: globs or `re:` expressions of modules whose outputs shall agree, for instance
             "encoder.layer.*" restricted to the blocks by "re:encoder\\.layer\\.\\d+".
         output: `(what the model returned, batch) -> tensor` to compare, for instance a pooled
@@ -131,24 +144,25 @@ def distill(
             rates are overwritten.
         autocast: dtype to compute in (weights, loss and optimizer stay as they are); "auto" takes
             bfloat16 where a short measurement shows that it is faster here.
-        checkpoint: file to save the progress in every 30 seconds and at the end, and to resume
-            from when it exists.
+        checkpoint: safetensors file to save the progress in every 30 seconds and at the end, and
+            to resume from when it exists. A resumed run ends with the same bits as one that was
+            never interrupted, unless `max_seconds` sets its pace.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no batches, nothing to train or to compare, masks of another model, an
-            expression that matches nothing, a loss that is not finite (names the step).
+        ValueError: no batches, nothing to train or to minimise, masks of another model, an
+            expression that matches nothing, a loss that is no finite scalar (names the step), a
+            checkpoint of another model, other masks or another optimizer.
     """
-    data = read_batches(batches, "distill")
+    data = read_batches(batches, "distill", loss)
     total = len(data) if steps is None else steps
     if total < 1:
         raise ValueError(f"distill: steps must be at least 1, got {total}")
-    names = _hidden_names(student, teacher, hidden)
-    if output_weight == 0 and not names:
-        raise ValueError("distill: nothing to compare; pass hidden=, or an output_weight above 0")
+    names = [] if teacher is None else _hidden_names(student, teacher, hidden)
+    _require_objective(teacher, loss, hidden, bool(names) or output_weight != 0)
     compare = _loss(output_loss)
     read = _default_output if output is None else output
-    trained = _trained(student, masks, train)
+    trained = trained_parameters(student, masks, train)
     dtype = _faster_dtype(trained[0]) if autocast == "auto" else autocast
     make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr))
     losses: list[float] = []
@@ -156,12 +170,12 @@ def distill(
 
     with ExitStack() as stack:
         stack.enter_context(_only_trainable(student, trained))
-        stack.enter_context(_eval_mode(student, teacher))
-        student_states = stack.enter_context(_Captured(student, names))
-        teacher_states = stack.enter_context(_Captured(teacher, names))
+        stack.enter_context(_eval_mode(student, *([] if teacher is None else [teacher])))
+        of_student = stack.enter_context(_Captured(student, names))
+        of_teacher = None if teacher is None else stack.enter_context(_Captured(teacher, names))
         solver = make(trained)
         stack.enter_context(hold_masks(student, masks, solver))
-        saved = _Checkpoint(checkpoint, trained, solver)
+        saved = _Checkpoint(checkpoint, trained, masks, solver)
         losses, spent = saved.load()
         bar = stack.enter_context(
             tqdm(total=total, initial=len(losses), desc="distill", disable=not progress)
@@ -175,26 +189,34 @@ def distill(
             if max_seconds is not None:
                 share = max(share, spent / max_seconds)
             for parameter_group in solver.param_groups:
-                parameter_group["lr"] = lr * _schedule(share, warmup, total)
+                parameter_group["lr"] = lr * rate_at(share, warmup, total)
             batch = data[len(losses) % len(data)]
+            error = torch.zeros((), device=trained[0].device)
+            pair = None
             with _autocast(trained[0].device, dtype):
-                with torch.no_grad():
-                    wanted = read(batch(teacher), batch)
-                got = read(batch(student), batch)
-            loss = torch.zeros((), device=trained[0].device)
-            if output_weight:
-                loss = loss + output_weight * compare(*without_padding(got, wanted, batch))
-            for name in names:
-                pair = without_padding(student_states[name], teacher_states[name], batch)
-                loss = loss + hidden_weight / len(names) * relative_mse(*pair)
-            value = loss.item()
+                if teacher is not None and of_teacher is not None:
+                    with torch.no_grad():
+                        batch(teacher)
+                        wanted = read(of_teacher.returned, batch) if output_weight else None
+                task = batch(student)
+                if of_teacher is not None and wanted is not None:
+                    pair = without_padding(read(of_student.returned, batch), wanted, batch)
+            if loss is not None:
+                error = error + loss_weight * _scalar(task)
+            if pair is not None:
+                error = error + output_weight * compare(*pair)
+            if of_teacher is not None:
+                for name in names:
+                    states = without_padding(of_student[name], of_teacher[name], batch)
+                    error = error + hidden_weight / len(names) * relative_mse(*states)
+            value = error.item()
             if not math.isfinite(value):
                 raise ValueError(
                     f"distill: the loss is {value} at step {len(losses) + 1}; use a lower lr, or "
                     "autocast=None"
                 )
             solver.zero_grad()
-            loss.backward()
+            error.backward()
             solver.step()
             losses.append(value)
             bar.update()
@@ -206,7 +228,32 @@ def distill(
     return DistillReport(tuple(losses), spent, stopped, None if dtype is None else str(dtype))
 
 
-def _schedule(share: float, warmup: float, total: int) -> float:
+def _require_objective(
+    teacher: nn.Module | None, loss: Loss | None, hidden: str | Sequence[str], compared: bool
+) -> None:
+    """Refuse arguments that leave nothing to minimise, or a part of them without effect."""
+    if teacher is None:
+        if loss is None:
+            raise ValueError("distill: nothing to minimise; pass a teacher, loss=, or both")
+        if hidden:
+            raise ValueError("distill: hidden= compares with a teacher; pass one, or hidden=()")
+    elif not compared:
+        raise ValueError(
+            "distill: nothing to compare; pass hidden=, or an output_weight above 0"
+            + ("" if loss is None else ", or teacher=None to train on the loss alone")
+        )
+
+
+def _scalar(task: Any) -> Tensor:
+    if not isinstance(task, Tensor) or task.dim() != 0:
+        what = list(task.shape) if isinstance(task, Tensor) else type(task).__name__
+        raise ValueError(
+            f"distill: loss= must return a scalar tensor, got {what}; take the mean over the batch"
+        )
+    return task.to(torch.promote_types(task.dtype, torch.float32))
+
+
+def rate_at(share: float, warmup: float, total: int) -> float:
     """Learning rate factor at `share` of the run: linear rise, cosine fall."""
     # The first step must not be lost to a rate of exactly zero.
     rise = 1.0 if warmup <= 0 else min(1.0, (share + 1.0 / total) / warmup)
@@ -230,7 +277,7 @@ def _hidden_names(student: nn.Module, teacher: nn.Module, hidden: str | Sequence
     return [name for name in names if any(match(name, e) for e in expressions)]
 
 
-def _trained(
+def trained_parameters(
     student: nn.Module, masks: Mapping[str, Tensor], train: str | Sequence[str] | None
 ) -> list[nn.Parameter]:
     if train is None:
@@ -305,14 +352,23 @@ def _faster_dtype(weight: Tensor) -> torch.dtype | None:
 
 
 class _Captured:
-    """Outputs of named modules in the forward that ran last; the first element of a tuple."""
+    """Outputs of named modules in the forward that ran last; the first element of a tuple.
+
+    What the model itself returned is kept whole: a loss that runs the model does not pass it on.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model = model
         self._modules = {name: model.get_submodule(name) for name in names}
         self._states: dict[str, Tensor] = {}
+        self._returned: list[Any] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> _Captured:
+        def keep_all(_: nn.Module, __: Any, output: Any) -> None:
+            self._returned[:] = [output]
+
+        self._stack.callback(self._model.register_forward_hook(keep_all).remove)
         for name, module in self._modules.items():
 
             def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
@@ -324,6 +380,16 @@ class _Captured:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._states.clear()
+        self._returned.clear()
+
+    @property
+    def returned(self) -> Any:
+        if not self._returned:
+            raise ValueError(
+                "distill: loss= did not call the model it was given; call model(...), not a part "
+                "of it, or compare hidden states only, with output_weight=0"
+            )
+        return self._returned.pop()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._states:
@@ -373,16 +439,18 @@ class _only_trainable:
 
 
 class _Checkpoint:
-    """The trained parameters, the optimizer's state and the losses so far, in one file."""
+    """The masks, the trained parameters, the optimizer's state and the losses so far, in a file."""
 
     def __init__(
         self,
         path: str | os.PathLike[str] | None,
         trained: Sequence[nn.Parameter],
+        masks: Mapping[str, Tensor],
         optimizer: Optimizer,
     ) -> None:
         self._path = None if path is None else Path(path)
         self._trained = trained
+        self._masks = masks
         self._optimizer = optimizer
         self._saved_at = time.perf_counter()
 
@@ -390,18 +458,24 @@ class _Checkpoint:
         """Losses and seconds of the run to resume; nothing when there is none."""
         if self._path is None or not self._path.exists():
             return [], 0.0
-        state = torch.load(self._path, map_location="cpu", weights_only=True)
-        shapes = [list(p.shape) for p in self._trained]
-        if [list(p.shape) for p in state["parameters"]] != shapes:
-            raise ValueError(
-                f"distill: checkpoint {self._path} is of another model or other trained "
-                "parameters; delete it or pass another path"
-            )
+        state = checkpoints.read(self._path, "distill")
+        kind = type(self._optimizer).__name__
+        if [p.shape for p in state["parameters"]] != [p.shape for p in self._trained]:
+            self._refuse("of another model or other trained parameters")
+        if not checkpoints.same_masks(state["masks"], self._masks):
+            self._refuse("of other masks")
+        if state["optimizer_type"] != kind:
+            self._refuse(f"of the optimizer {state['optimizer_type']}, not {kind}")
         with torch.no_grad():
             for parameter, value in zip(self._trained, state["parameters"], strict=True):
                 parameter.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
-        return list(state["losses"]), float(state["seconds"])
+        return state["losses"], state["seconds"]
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(
+            f"distill: checkpoint {self._path} is {what}; delete it or pass another path"
+        )
 
     def save(self, losses: Sequence[float], seconds: float, now: bool = False) -> None:
         if self._path is None:
@@ -409,13 +483,12 @@ class _Checkpoint:
         if not now and time.perf_counter() - self._saved_at < CHECKPOINT_SECONDS:
             return
         state = {
-            "parameters": [p.detach() for p in self._trained],
+            "masks": checkpoints.pack_masks(self._masks),
+            "parameters": list(self._trained),
+            "optimizer_type": type(self._optimizer).__name__,
             "optimizer": self._optimizer.state_dict(),
             "losses": list(losses),
             "seconds": seconds,
         }
-        # Renamed when complete, so that an interruption leaves the previous one.
-        partial = self._path.with_name(self._path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(self._path)
+        checkpoints.write(self._path, "distill", state)
         self._saved_at = time.perf_counter()
