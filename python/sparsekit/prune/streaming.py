@@ -9,6 +9,7 @@ the same as without the interruption, and so is every result.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -17,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def prune_file(
                         target.write_layer(layer, weight, solver.done[0])
                     bar.update()
                 del moments  # The next one is made when this one is gone.
+                _give_back()
                 if run is not None:
                     run.done(group)
         target.finish()
@@ -428,6 +430,12 @@ class _StoredMasks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps it, and its pieces fit ever worse."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_on_meta(layers: Sequence[Layer], lender: Lender) -> None:
