@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit.prune.calibration import Calibration, read_batches
+from sparsekit.prune.calibration import CACHE_BYTES, Calibration, read_batches
 from sparsekit.prune.layers import Layer
 
 
@@ -250,3 +250,145 @@ def test_a_shared_layer_counts_every_call():
         (moment,) = calibration.moments(calibration.groups[0])
     both = torch.cat([x, torch.tanh(model.a(x))]).detach()
     torch.testing.assert_close(moment, both.t() @ both / 12)
+
+
+# --- what is kept of finished blocks ----------------------------------------------------------
+
+
+class Skips(nn.Module):
+    """Reads the outputs of early blocks again after the later ones."""
+
+    def __init__(self, depth=6):
+        super().__init__()
+        self.layer = nn.ModuleList([Block(8) for _ in range(depth)])
+        self.joins = nn.ModuleList([nn.Linear(16, 8) for _ in range(2)])
+
+    def forward(self, x):
+        outputs = []
+        for block in self.layer:
+            (x,) = block(x)
+            outputs.append(x)
+        for join, early in zip(self.joins, (outputs[1], outputs[3]), strict=True):
+            x = join(torch.cat([x, early], -1))
+        return x
+
+
+def kept_bytes(calibration):
+    return sum(playback.nbytes for playback in calibration._played.values())
+
+
+def test_a_stack_keeps_the_outputs_of_one_block():
+    torch.manual_seed(0)
+    model, batches = Model(depth=5), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(
+        model, read_batches(batches), layers_of(model), cache_bytes=one
+    ) as calibration:
+        for group in calibration.groups:
+            calibration.moments(group)
+            calibration.done(group)
+            assert kept_bytes(calibration) == one * (len(calibration._played) > 0)
+        assert len(calibration._played) == 5
+
+
+def moments_of(model, batches, name):
+    x = inputs_of(model, model.get_submodule(name), batches)
+    return x.t() @ x / len(x)
+
+
+@pytest.mark.parametrize("blocks_at_a_time", [1, 4])
+def test_blocks_that_others_read_are_kept(blocks_at_a_time):
+    torch.manual_seed(0)
+    model, batches = Skips(), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for number, group in enumerate(calibration.groups):
+            # A resumed run has many blocks finished before the first moments.
+            if number >= 2 * (blocks_at_a_time - 1):
+                (moment,) = calibration.moments(group)
+                fresh = Skips()
+                fresh.load_state_dict(model.state_dict())
+                expected = moments_of(fresh, batches, group.layers[0].name)
+                torch.testing.assert_close(moment, expected)
+            calibration.done(group)
+        assert kept_bytes(calibration) == 3 * one  # of the two that are read, and the last
+
+
+@pytest.mark.parametrize("first", [0, 6])
+def test_stacks_within_a_stack(first):
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            for stage in self.stages:
+                x = stage(x)
+            return x
+
+    torch.manual_seed(0)
+    model, batches = Stages(), batches_of()
+    one = sum(batch.nbytes for batch in batches)
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for number, group in enumerate(calibration.groups):
+            if number >= first:
+                (moment,) = calibration.moments(group)
+                fresh = Stages()
+                fresh.load_state_dict(model.state_dict())
+                expected = moments_of(fresh, batches, group.layers[0].name)
+                torch.testing.assert_close(moment, expected)
+                # Of the last stage and of the last block in this one.
+                assert kept_bytes(calibration) <= 2 * one
+            calibration.done(group)
+        assert calibration._cache_left == CACHE_BYTES - kept_bytes(calibration)
+
+
+def test_outputs_are_those_of_the_model_as_it_is():
+    torch.manual_seed(0)
+    model, batches = Skips(), batches_of()
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for group in calibration.groups[:-2]:
+            calibration.moments(group)
+            calibration.done(group)
+        assert any(playback.is_hollow for playback in calibration._played.values())
+        with torch.no_grad():
+            model.joins[0].weight.mul_(0.5)
+            found = list(calibration.outputs(2))
+    assert len(found) == 2
+    for batch, output in zip(batches, found, strict=False):
+        torch.testing.assert_close(output, model(batch))
+
+
+def test_a_block_that_runs_twice_for_one_batch_and_never_for_another_is_computed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
+            self.last = nn.Linear(8, 8)
+
+        def forward(self, x):
+            for _ in range(len(x) - 1):
+                x = self.experts[0](x)
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, batches = Experts(), [torch.randn(3, 4, 8), torch.randn(1, 4, 8)]
+    with Calibration(model, read_batches(batches), layers_of(model)) as calibration:
+        for group in calibration.groups:
+            (moment,) = calibration.moments(group)
+            calibration.done(group)
+    torch.testing.assert_close(moment, moments_of(model, batches, "last"))
+
+
+def test_groups_that_are_known_spare_the_tracing(model):
+    batches = read_batches(batches_of())
+    with Calibration(model, batches, layers_of(model)[:-1]) as calibration:
+        groups = calibration.groups
+    before = model.layer[0].runs
+    with Calibration(model, batches, layers_of(model), groups=groups) as calibration:
+        assert model.layer[0].runs == before
+        assert calibration.groups == groups
+        assert [layer.name for layer in calibration.unreached] == ["head"]

@@ -25,6 +25,7 @@ from sparsekit.prune.recover import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.scan import SensitivityReport, SensitivityRow
 from sparsekit.prune.sensitivity import sensitivity
+from sparsekit.prune.streaming import prune_file
 from sparsekit.prune.structured import PrunedGroup, StructuredReport, prune_structured
 from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
 
@@ -61,6 +62,7 @@ __all__ = [
     "permute_channels",
     "plan_latency",
     "prune",
+    "prune_file",
     "prune_structured",
     "reconstruct_blocks",
     "save_masks",

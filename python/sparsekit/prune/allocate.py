@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, at_density, parse_pattern
 from sparsekit.prune.calibration import Batch, Calibration
+from sparsekit.prune.distributed import ALONE, Ranks
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import Method
 from sparsekit.prune.reconstruct import ReconstructionOptions, bind, score_groups
@@ -42,6 +43,7 @@ class DenseModel:
         cache_bytes: as for `prune`.
         pixels: as for `prune`.
         progress: show progress bars.
+        ranks: the processes that share the calibration.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class DenseModel:
     cache_bytes: int
     pixels: int
     progress: bool
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,12 @@ class Budget:
         """
         dense = self.dense
         with Calibration(
-            dense.model, self.batches(what), self.layers, dense.cache_bytes, dense.pixels
+            dense.model,
+            self.batches(what),
+            self.layers,
+            dense.cache_bytes,
+            dense.pixels,
+            dense.ranks,
         ) as calibration:
             for group in calibration.groups:
                 moments = calibration.moments(group)

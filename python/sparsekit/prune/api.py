@@ -20,6 +20,13 @@ from sparsekit.prune.allocate import (
     find_allocation,
 )
 from sparsekit.prune.calibration import CACHE_BYTES, Calibration, Loss, read_batches
+from sparsekit.prune.distributed import (
+    DistributedChoice,
+    Ranks,
+    checksum,
+    mean_over_ranks,
+    together,
+)
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.methods import METHODS, Method
 from sparsekit.prune.patches import PIXELS
@@ -37,6 +44,7 @@ from sparsekit.prune.targets import choose_layers
 
 
 @torch.no_grad()
+@together
 def prune(
     model: nn.Module,
     pattern: PatternChoice,
@@ -53,6 +61,8 @@ def prune(
     loss: Loss | None = None,
     seed: int = 0,
     allocation: str | Allocation = "uniform",
+    *,
+    distributed: DistributedChoice = None,
 ) -> PruneReport:
     """Prune the linear layers and convolutions of a model in place.
 
@@ -95,6 +105,11 @@ def prune(
             `ALLOCATIONS` or one of its functions with options, `OWL(spread=0.1)` for instance.
             All layers of a pattern together keep as much as with "uniform". A layer that gets to
             keep everything stays dense.
+        distributed: several processes calibrate together, each on batches of its own (one may have
+            none), and end with equal masks and weights: True for the default process group of
+            `torch.distributed`, or a `ProcessGroup`. Every process calls this with the same model
+            and settings; when one fails, all raise. A scan that `allocation` makes counts as the
+            first process finds it.
 
     Returns:
         What was done to each layer, with the masks.
@@ -106,26 +121,49 @@ def prune(
             or none that calibration or a gradient reaches, a loss that is missing or is no finite
             scalar, a weight that is empty, a weight or gradient that holds NaN or infinities: the
             model is as before. Inputs of a layer that hold NaN or infinities, or cannot be
-            inverted: the layers before it are pruned already.
+            inverted: the layers before it are pruned already. With `distributed`, a process group
+            that is not there, or other weights or settings in another process.
+        RuntimeError: another process failed by something else than a ValueError.
 
     Warns:
         UserWarning: a layer saw fewer tokens or patches than it has columns, and the method or
             the reconstruction reads how columns go together.
     """
+    ranks = Ranks.of(distributed)
     started = time.perf_counter()
     chosen_method, name, solve = choose_method(method, reconstruction, calibration is not None)
     spread = find_allocation(allocation)
     if pixels < 1:
         raise ValueError(f"prune: pixels must be at least 1, got {pixels}")
     options = ReconstructionOptions(solver_block, dampening)
-    batches = None if calibration is None else read_batches(calibration, loss=loss)
+    batches = None
+    if calibration is not None:
+        batches = read_batches(calibration, loss=loss, may_be_empty=ranks.several)
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
         check_weight(layer)
+    if ranks.several:
+        ranks.require_same(
+            "the call",
+            {
+                "settings": (method, name, options, pixels, batches is None, loss is None, seed),
+                "allocation": getattr(spread, "__name__", repr(spread)),
+            }
+            | {layer_name: str(wanted) for layer_name, (_, wanted) in chosen.items()},
+        )
+        ranks.require_same(
+            "a weight", {n: checksum(layer.weight) for n, (layer, _) in chosen.items()}
+        )
     statistics: dict[str, Tensor] = {}
     if chosen_method.statistic is not None:
-        together = spread is ALLOCATIONS["global"]
-        statistics = chosen_method.statistic(Unpruned(model, chosen, batches or (), seed, together))
+        over_layers = spread is ALLOCATIONS["global"]
+        if batches or not chosen_method.needs_calibration:
+            statistics = chosen_method.statistic(
+                Unpruned(model, chosen, batches or (), seed, over_layers)
+            )
+        if batches is not None and chosen_method.needs_calibration:
+            weights = {layer_name: layer.weight for layer_name, (layer, _) in chosen.items()}
+            statistics = mean_over_ranks(statistics, len(batches), weights, ranks)
         for layer_name in [each for each in chosen if each not in statistics]:
             layer, _ = chosen.pop(layer_name)
             dense[layer_name] = (layer.modules[0], "no gradient reaches it")
@@ -145,9 +183,10 @@ def prune(
         cache_bytes,
         pixels,
         progress,
+        ranks,
     )
     patterns: dict[str, Pattern] = {}
-    for layer_name, wanted in allocate(before, chosen, spread).items():
+    for layer_name, wanted in ranks.exchange(allocate(before, chosen, spread))[0].items():
         if wanted is None:
             dense[layer_name] = (chosen[layer_name][0].modules[0], "its allocation keeps all of it")
         else:
@@ -160,17 +199,19 @@ def prune(
             for layer in group:
                 bar.set_postfix_str(layer.name, refresh=False)
                 run.prune(layer, moments)
+                # Solvers round in their own way on each kind of processor.
+                ranks.share([layer.weight, run.masks[layer.name]])
                 bar.update()
 
         if batches is None:
             apply(layers, None)
         else:
             tokens: dict[str, int] = {}
-            calibrated = Calibration(model, batches, layers, cache_bytes, pixels)
+            calibrated = Calibration(model, batches, layers, cache_bytes, pixels, ranks)
             for layer in _calibrated(calibrated, apply, tokens):
                 dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
             if chosen_method.correlations or name != "none":
-                _warn_of_few(tokens, layers)
+                _warn_of_few(tokens, layers, stacklevel=5)  # beyond both decorators
     left = [
         _describe(layer_name, module.weight, None, reason=reason)
         for layer_name, (module, reason) in dense.items()
@@ -240,12 +281,7 @@ def _calibrated(
     `tokens` gets the number of tokens or patches that each layer saw.
     """
     with calibration:
-        if not calibration.groups:
-            some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
-            raise ValueError(
-                f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
-                "the batches go through them"
-            )
+        _require_groups(calibration)
         for group in calibration.groups:
             # Passed on without a name here: the next one is made when this one is gone.
             apply(group.layers, calibration.moments(group))
@@ -254,7 +290,16 @@ def _calibrated(
         return calibration.unreached
 
 
-def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer]) -> None:
+def _require_groups(calibration: Calibration) -> None:
+    if not calibration.groups:
+        some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
+        raise ValueError(
+            f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
+            "the batches go through them"
+        )
+
+
+def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer], stacklevel: int) -> None:
     """One warning for all layers whose second moment cannot have full rank."""
     needed = {layer.name: layer.weight.shape[1:].numel() for layer in layers}
     short = [name for name, count in tokens.items() if count < needed[name]]
@@ -266,7 +311,7 @@ def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer]) -> None:
             f"second moment of its inputs needs at least {needed[worst]}{others}: dampening makes "
             "up for the rest; pass more calibration data",
             UserWarning,
-            stacklevel=4,  # beyond the decorator of `prune`
+            stacklevel=stacklevel,
         )
 
 
@@ -348,7 +393,7 @@ def _describe(
     reason: str = "",
     seconds: float = 0.0,
 ) -> PrunedLayer:
-    zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
+    zeros = 1.0 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
     shape = tuple(weight.shape)
     spelling = None if pattern is None else str(pattern)
     return PrunedLayer(name, shape, spelling, zeros, error, reason, seconds)

@@ -11,9 +11,11 @@ Works on any module without tracing it to a graph:
 
 Cost: one moment `[k, k]` in memory at a time, and a partial forward over all batches per group.
 A repeated block (a child of a `ModuleList` or `Sequential`) whose layers are all done is computed
-once more and then played back from its cached outputs, so that a deep model costs about one
-forward per group of a block instead of one per group of the model. The cache is bounded by
-`cache_bytes`; blocks beyond it are recomputed.
+once more and then played back from its kept outputs (`playback`), so that a deep model costs about
+one forward per group of a block instead of one per group of the model. `cache_bytes` bounds what
+is kept; blocks beyond it are recomputed.
+
+With several processes (`distributed`) each runs its own batches, and the sums of all are added up.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sparsekit.prune.distributed import ALONE, Ranks
 from sparsekit.prune.layers import Layer, Prunable
 from sparsekit.prune.patches import PIXELS, geometry, patches
+from sparsekit.prune.playback import HollowRead, Playback, Recording
 
 CACHE_BYTES = 2 << 30
 
@@ -61,7 +63,10 @@ class Batch:
 
 
 def read_batches(
-    batches: Iterable[Any], what: str = "calibration", loss: Loss | None = None
+    batches: Iterable[Any],
+    what: str = "calibration",
+    loss: Loss | None = None,
+    may_be_empty: bool = False,
 ) -> list[Batch]:
     """Read an iterable of batches once, a generator as well.
 
@@ -70,6 +75,7 @@ def read_batches(
             mapping (keyword arguments); with a loss, whatever that takes.
         what: the argument's name, for errors.
         loss: runs the model where one is given.
+        may_be_empty: whether no batches are fine.
 
     Raises:
         ValueError: no batches, or something that is no batch.
@@ -81,7 +87,7 @@ def read_batches(
             "pass [batch] if it is a single batch"
         )
     out = [_read_batch(batch, index, what, loss) for index, batch in enumerate(batches)]
-    if not out:
+    if not out and not may_be_empty:
         raise ValueError(
             f"{what}: the iterable gave no batches; pass at least one (a generator that was "
             "already read is exhausted: make a new one, or a list)"
@@ -125,8 +131,11 @@ class Calibration:
         model: run in eval mode without gradients; its training flags come back afterwards.
         batches: what it is called with.
         layers: the layers of interest.
-        cache_bytes: most memory for the outputs of finished blocks.
+        cache_bytes: most memory for the outputs of finished blocks. While a block takes over from
+            the one before it in a stack, the outputs of both are there.
         pixels: most output pixels of a convolution that are counted in each call.
+        ranks: the processes that share the work.
+        groups: what an earlier `Calibration` of the same model found, to be spared the tracing.
     """
 
     def __init__(
@@ -136,30 +145,37 @@ class Calibration:
         layers: Sequence[Layer],
         cache_bytes: int = CACHE_BYTES,
         pixels: int = PIXELS,
+        ranks: Ranks = ALONE,
+        groups: list[Group] | None = None,
     ) -> None:
         self._model = model
         self._pixels = pixels
         self._batches = batches
+        self._ranks = ranks
         self._cache_left = cache_bytes
         self._current = 0
         self.count = 0
         """Tokens or patches that the last `moments` are the mean of."""
-        self._played: dict[nn.Module, _Playback] = {}
+        self._played: dict[nn.Module, Playback] = {}
+        self._kept: set[nn.Module] = set()  # blocks whose outputs others than the next one read
         self._training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            self.groups, self.unreached = self._trace(layers)
+            self.groups = self._trace(layers) if groups is None else groups
         except BaseException:
             self.close()
             raise
-        self._blocks = _blocks(model, layers)
+        reached = {layer.name for group in self.groups for layer in group.layers}
+        self.unreached = [layer for layer in layers if layer.name not in reached]
+        self._blocks, self._stack_of = _blocks(model, layers)
         self._waiting = Counter(
             block
             for group in self.groups
             for layer in group.layers
             for block in self._blocks_of(layer)
         )
-        self._finished: list[nn.Module] = []
+        self._order: list[nn.Module] = []  # finished blocks, as they finished
+        self._finished: set[nn.Module] = set()  # those of them that nobody has tried to keep yet
 
     def __enter__(self) -> Calibration:
         return self
@@ -190,28 +206,35 @@ class Calibration:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         size = weight.shape[1:].numel()
         total = torch.zeros(layer.groups, size, size, dtype=dtype, device=weight.device)
-        count = 0
+        count = torch.zeros((), dtype=torch.int64, device=weight.device)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal count
             if module not in layer.modules:
                 return
             for rows in self._rows(module, inputs[0]):
                 for part, mine in zip(total, rows.to(dtype), strict=True):
                     part.addmm_(mine.t(), mine)
-                count += rows.shape[1]
+                count.add_(rows.shape[1])
 
-        cached = self._caching()
-        self._run(group, add, cached)
-        self._start_playback(cached)
+        while True:
+            recordings = self._recordings()
+            try:
+                self._run(group, add, recordings)
+            except HollowRead as read:
+                self._compute_again(read.block, recordings)
+                total.zero_()
+                count.zero_()
+            else:
+                break
+        self._start_playback(recordings)
+        # Before the ranks add up: the one whose data it is says so.
+        self._check_finite(total, layer)
+        self._ranks.sum([total, count])
         if count == 0:
             raise ValueError(f"calibration: layer {layer.name!r} saw no tokens or pixels")
-        if not bool(total.isfinite().all()):
-            raise ValueError(
-                f"calibration: the inputs of layer {layer.name!r} hold NaN or infinity; "
-                "check the batches, or compute in a wider dtype"
-            )
-        self.count = count
+        if self._ranks.several:
+            self._check_finite(total, layer)
+        self.count = int(count)
         return total.div_(count)
 
     def outputs(self, count: int | None = None) -> Iterator[Any]:
@@ -221,7 +244,12 @@ class Calibration:
         """
         for index, batch in enumerate(self._batches[:count]):
             self._current = index
-            yield batch(self._model)
+            try:
+                output = batch(self._model)
+            except HollowRead as read:
+                self._compute_again(read.block, [])
+                output = batch(self._model)
+            yield output
 
     def done(self, group: Group) -> None:
         """Say that the group's layers are pruned; blocks that are complete are cached from now."""
@@ -229,7 +257,15 @@ class Calibration:
             for block in self._blocks_of(layer):
                 self._waiting[block] -= 1
                 if self._waiting[block] == 0:
-                    self._finished.append(block)
+                    self._order.append(block)
+                    self._finished.add(block)
+
+    def _check_finite(self, total: Tensor, layer: Layer) -> None:
+        if not bool(total.isfinite().all()):
+            raise ValueError(
+                f"calibration: the inputs of layer {layer.name!r} hold NaN or infinity; "
+                "check the batches, or compute in a wider dtype"
+            )
 
     def _rows(self, module: nn.Module, x: Tensor) -> Iterable[Tensor]:
         """`[groups, rows, k]` in blocks."""
@@ -240,7 +276,7 @@ class Calibration:
             return (x[mask.to(x.device)][None],)
         return (x.reshape(1, -1, x.shape[-1]),)
 
-    def _run(self, group: Group, add: Any, cached: dict[nn.Module, list[Any]]) -> None:
+    def _run(self, group: Group, add: Any, recordings: Sequence[Recording]) -> None:
         calls = 0
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -249,17 +285,16 @@ class Calibration:
             if calls == group.calls:
                 raise _Stop
 
-        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            # What follows may write into the output, a residual sum for instance.
-            cached[module].append(_clone(output))
+        def keep(recording: Recording) -> Callable[..., None]:
+            return lambda module, inputs, output: recording.add(self._current, output)
 
         with ExitStack() as stack, torch.no_grad():
             for layer in group.layers:
                 for module in layer.modules:
                     stack.callback(module.register_forward_pre_hook(add).remove)
                     stack.callback(module.register_forward_hook(after).remove)
-            for block in cached:
-                stack.callback(block.register_forward_hook(keep).remove)
+            for recording in recordings:
+                stack.callback(recording.block.register_forward_hook(keep(recording)).remove)
             for index, batch in enumerate(self._batches):
                 self._current = index
                 calls = 0
@@ -268,31 +303,66 @@ class Calibration:
                 except _Stop:
                     continue
 
-    def _caching(self) -> dict[nn.Module, list[Any]]:
-        """Finished blocks whose outputs this pass shall keep, inner ones left to outer ones."""
-        finished, self._finished = self._finished, []
+    def _recordings(self) -> list[Recording]:
+        """Of the finished blocks that this pass shall keep, inner ones left to outer ones."""
+        finished = [block for block in self._order if block in self._finished]
         inner = {m for block in finished for m in block.modules() if m is not block}
-        return {block: [] for block in finished if block not in inner and self._cache_left > 0}
+        outer = [block for block in finished if block not in inner]
+        # The last of a stack needs no outputs of those before it.
+        last = {self._stack_of[b]: b for b in self._order if b in outer or b in self._played}
+        recordings = []
+        for block in outer:
+            hollow = last[self._stack_of[block]] is not block and block not in self._kept
+            replaced = sum(self._played[other].nbytes for other in self._replaced_by(block))
+            recordings.append(Recording(block, hollow, self._cache_left + replaced))
+        self._finished.clear()
+        return recordings
 
-    def _start_playback(self, cached: dict[nn.Module, list[Any]]) -> None:
-        for block, outputs in cached.items():
-            size = sum(_nbytes(output) for output in outputs)
-            # A block that ran more than once, or not for every batch, cannot be told apart.
-            if len(outputs) != len(self._batches) or size > self._cache_left:
+    def _replaced_by(self, block: nn.Module) -> list[nn.Module]:
+        """Played blocks that need no outputs once this one is played: before or inside it."""
+        inside, stack = set(block.modules()), self._stack_of[block]
+        before = set(self._order[: self._order.index(block)]) - self._kept
+        return [
+            other
+            for other in self._played
+            if other in inside or (other in before and self._stack_of[other] is stack)
+        ]
+
+    def _start_playback(self, recordings: Sequence[Recording]) -> None:
+        # The last block of a stack first: without it the others cannot be hollow.
+        for recording in reversed(recordings):
+            block = recording.block
+            outputs = recording.outputs(len(self._batches))
+            replaced = self._replaced_by(block)
+            freed = sum(self._played[other].nbytes for other in replaced)
+            if outputs is None or recording.nbytes > self._cache_left + freed:
                 continue
-            for module in block.modules():
-                if module in self._played:
-                    inside = self._played.pop(module)
-                    inside.stop()
-                    self._cache_left += inside.nbytes
-            self._cache_left -= size
-            self._played[block] = _Playback(block, partial(self._output, outputs), size)
+            stack = self._stack_of[block]
+            if recording.hollow and not any(
+                self._stack_of[other] is stack for other in self._played
+            ):
+                continue
+            inside = set(block.modules())
+            for other in replaced:
+                if other in inside:
+                    self._cache_left += self._played[other].nbytes
+                    self._played.pop(other).stop()
+                elif not recording.hollow:
+                    self._cache_left += self._played[other].nbytes
+                    self._played[other].empty()
+            self._cache_left -= recording.nbytes
+            self._played[block] = Playback(block, outputs, lambda: self._current)
 
-    def _output(self, outputs: list[Any]) -> Any:
-        return _clone(outputs[self._current])
+    def _compute_again(self, block: nn.Module, recordings: Sequence[Recording]) -> None:
+        """After a pass that failed: others than the next block read the outputs of this one."""
+        self._kept.add(block)
+        self._finished.update(recording.block for recording in recordings)
+        for other in [other for other in self._played if self._played[other].is_hollow]:
+            self._played.pop(other).stop()
+            self._finished.add(other)
 
-    def _trace(self, layers: Sequence[Layer]) -> tuple[list[Group], list[Layer]]:
-        """Groups in execution order, and the layers no batch reaches."""
+    def _trace(self, layers: Sequence[Layer]) -> list[Group]:
+        """Groups in execution order, without the layers that no batch reaches."""
         owner = {module: layer for layer in layers for module in layer.modules}
         calls: dict[str, int] = {}
         seen: dict[str, tuple[Any, ...]] = {}
@@ -327,45 +397,40 @@ class Calibration:
                 alive.clear()
                 if len(seen) == len(by_name):
                     break
-        return groups, [layer for layer in layers if layer.name not in seen]
+        return self._agree(groups, by_name)
+
+    def _agree(self, groups: list[Group], by_name: Mapping[str, Layer]) -> list[Group]:
+        """The groups of all ranks, as one process would find them on the batches of all."""
+        mine = [([layer.name for layer in group.layers], group.calls) for group in groups]
+        answers = self._ranks.exchange((len(self._batches), mine))
+        if not any(count for count, _ in answers):
+            raise ValueError("calibration: no rank has any batches; give at least one of them some")
+        known: set[str] = set()
+        out: list[Group] = []
+        for _, theirs in answers:
+            found = [
+                ([name for name in names if name not in known], calls) for names, calls in theirs
+            ]
+            out.extend(Group([by_name[n] for n in names], calls) for names, calls in found if names)
+            known.update(name for names, _ in found for name in names)
+        return out
 
     def _blocks_of(self, layer: Layer) -> set[nn.Module]:
         return {block for module in layer.modules for block in self._blocks.get(module, ())}
 
 
-class _Playback:
-    """Lets a module return kept outputs instead of computing, until `stop`."""
-
-    def __init__(self, module: nn.Module, output: Callable[[], Any], nbytes: int) -> None:
-        self._module = module
-        self._before = module.__dict__.get("forward")
-        self.nbytes = nbytes
-        # An instance attribute shadows the class's forward; deleting it brings that back.
-        module.__dict__["forward"] = lambda *args, **kwargs: output()
-
-    def stop(self) -> None:
-        if self._before is None:
-            del self._module.__dict__["forward"]
-        else:
-            self._module.__dict__["forward"] = self._before
-
-
-def _blocks(model: nn.Module, layers: Sequence[Layer]) -> dict[nn.Module, list[nn.Module]]:
-    """Layer module -> the repeated blocks around it."""
+def _blocks(
+    model: nn.Module, layers: Sequence[Layer]
+) -> tuple[dict[nn.Module, list[nn.Module]], dict[nn.Module, nn.Module]]:
+    """Layer module -> the repeated blocks around it, and block -> the container it is in."""
     wanted = {module for layer in layers for module in layer.modules}
     found: dict[nn.Module, list[nn.Module]] = {}
+    stack_of: dict[nn.Module, nn.Module] = {}
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
             for block in container:
+                stack_of[block] = container
                 for module in block.modules():
                     if module in wanted and module is not block:
                         found.setdefault(module, []).append(block)
-    return found
-
-
-def _clone(value: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, value)
-
-
-def _nbytes(value: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return found, stack_of

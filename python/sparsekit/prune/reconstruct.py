@@ -74,20 +74,24 @@ def sweep(
     block = -(-options.solver_block // pattern.k_tile) * pattern.k_tile
     for start in range(0, columns, block):
         stop = min(columns, start + block)
-        values = weight[:, start:stop].contiguous()
+        # Each column of the weight lies in one piece here: it is what every step works on.
+        values = weight[:, start:stop].t().contiguous()
+        chosen = torch.empty_like(values, dtype=torch.bool)
         errors = torch.empty_like(values)
         local = root[start:stop, start:stop]
         for j in range(stop - start):
             if start + j in stripes:
                 end, part = stripes[start + j]
                 view = known.slice(start + j, end)
-                mask[:, start + j : end] = part.mask(score(values[:, j : end - start], view))
-            kept = values[:, j].masked_fill(~mask[:, start + j], 0)
-            errors[:, j] = (values[:, j] - kept) / local[j, j]
-            values[:, j] = kept
-            values[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1)
-        weight[:, start:stop] = values
-        weight[:, stop:].addmm_(errors, root[start:stop, stop:], alpha=-1)
+                stripe = slice(j, end - start)
+                chosen[stripe] = part.mask(score(values[stripe].t(), view)).t()
+            kept = values[j].masked_fill(~chosen[j], 0)
+            torch.div(values[j] - kept, local[j, j], out=errors[j])
+            values[j] = kept
+            values[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+        mask[:, start:stop] = chosen.t()
+        weight[:, start:stop] = values.t()
+        weight[:, stop:].addmm_(errors.t(), root[start:stop, stop:], alpha=-1)
     return weight, mask
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,9 +58,9 @@ class PruneReport:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over all pruned layers."""
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        total = sum(mask.numel() for mask in self.masks.values())
-        return 1.0 - kept / total if total else 0.0
+        pruned = [layer for layer in self.layers if layer.pattern is not None]
+        total = sum(math.prod(layer.shape) for layer in pruned)
+        return sum(layer.sparsity * math.prod(layer.shape) for layer in pruned) / max(total, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the masks, as plain values for JSON."""
