@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from tqdm import tqdm
 
 from sparsekit.patterns import match, require_match
-from sparsekit.prune import checkpoints
+from sparsekit.prune import resume
 from sparsekit.prune.calibration import Batch, Loss, read_batches
 from sparsekit.prune.masks import hold_masks, weight_of
 from sparsekit.prune.modes import eval_mode, only_trainable
@@ -425,11 +425,11 @@ class _Checkpoint:
         """Losses and seconds of the run to resume; nothing when there is none."""
         if self._path is None or not self._path.exists():
             return [], 0.0
-        state = checkpoints.read(self._path, "distill")
+        state = resume.read(self._path, "distill")
         kind = type(self._optimizer).__name__
         if [p.shape for p in state["parameters"]] != [p.shape for p in self._trained]:
             self._refuse("of another model or other trained parameters")
-        if not checkpoints.same_masks(state["masks"], self._masks):
+        if not resume.same_masks(state["masks"], self._masks):
             self._refuse("of other masks")
         if state["optimizer_type"] != kind:
             self._refuse(f"of the optimizer {state['optimizer_type']}, not {kind}")
@@ -450,12 +450,12 @@ class _Checkpoint:
         if not now and time.perf_counter() - self._saved_at < CHECKPOINT_SECONDS:
             return
         state = {
-            "masks": checkpoints.pack_masks(self._masks),
+            "masks": resume.pack_masks(self._masks),
             "parameters": list(self._trained),
             "optimizer_type": type(self._optimizer).__name__,
             "optimizer": self._optimizer.state_dict(),
             "losses": list(losses),
             "seconds": seconds,
         }
-        checkpoints.write(self._path, "distill", state)
+        resume.write(self._path, "distill", state)
         self._saved_at = time.perf_counter()
