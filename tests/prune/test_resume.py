@@ -89,7 +89,7 @@ def test_a_kill_leaves_a_whole_file(tmp_path):
     path = tmp_path / "file"
     program = (
         "import sys, pathlib, torch\n"
-        "from sparsekit.prune import checkpoints\n"
+        "from sparsekit.prune import resume\n"
         "for count in range(10**9):\n"
         "    value = [torch.full((300_000,), count), count]\n"
         "    resume.write(pathlib.Path(sys.argv[1]), 'test', value)\n"
