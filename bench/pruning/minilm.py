@@ -117,7 +117,11 @@ class Task:
         test = {part for doc in self.texts.test for part in (doc.query, doc.document)}
         for package in _PACKAGES:
             for path in sorted(Path(sysconfig.get_paths()["purelib"], package).rglob("*.py")):
-                for doc in corpus.docstrings_of(package, path.read_bytes()):
+                try:
+                    found = list(corpus.docstrings_of(package, path.read_bytes()))
+                except SyntaxError:
+                    continue  # for a newer Python
+                for doc in found:
                     for part in (doc.query, doc.document):
                         if len(part) >= _SHORTEST and part not in test:
                             yield part

@@ -16,8 +16,8 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.prune import prune, prune_file, streaming
-from sparsekit.prune.checkpoint import INDEX
 from sparsekit.prune.hollow import Hollow
+from sparsekit.prune.shards import INDEX
 
 WIDTH = 16
 
@@ -293,14 +293,14 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from prune.test_streaming import run
-from sparsekit.prune import checkpoint
-save_file, calls = checkpoint.save_file, iter(range(100))
+from sparsekit.prune import shards
+save_file, calls = shards.save_file, iter(range(100))
 def save(tensors, path, metadata):
     if next(calls) == 4:
         open(path, "wb").write(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     return save_file(tensors, path, metadata)
-checkpoint.save_file = save
+shards.save_file = save
 run({source!r}, {out!r})
 """
 

@@ -1,7 +1,6 @@
 """`train_sparse` as a handle: what every method has in common."""
 
 import copy
-import json
 import math
 from contextlib import ExitStack
 
@@ -406,20 +405,12 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     with begin(model, optimizer, "rigl") as run:
         run.save(path)
-        assert json.dumps(run.state_dict()["options"]) in _metadata(path)["state"]
         sk.prune.save_masks(run.masks, path)
-        with pytest.raises(ValueError, match="expected sparsekit training, the file holds 'sparse"):
+        with pytest.raises(ValueError, match=r"is damaged \(it holds 'something else'"):
             run.load(path)
         path.write_bytes(b"short")
-        with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        with pytest.raises(ValueError, match="no checkpoint of train_sparse, or is damaged"):
             run.load(path)
         with pytest.raises(FileNotFoundError):
             run.load(tmp_path / "none")
         run.finish(early=True)
-
-
-def _metadata(path):
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()

@@ -272,7 +272,7 @@ class OWL:
     """Outlier-weighed layerwise sparsity, Yin et al. 2024 (arXiv 2310.05175).
 
     A block of the model (an element of a `ModuleList` or `Sequential`; a layer by itself where it
-    is in none) keeps the more, the larger the share of its |weight| · ‖input‖ that exceeds
+    is in none) keeps the more, the larger the share of its `|weight| · ‖input‖` that exceeds
     `outliers` times their mean. Made for large language models, whose few huge features carry much
     of the accuracy. Needs calibration data and one more pass of calibration; memory: a float for
     each weight of a block.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsekit.prune.calibration import Loss, read_batches
+from sparsekit.prune.modes import eval_mode
 
 
 @torch.no_grad()
@@ -44,37 +45,34 @@ def update_batchnorm(
     }
     if not norms:
         return []
-    training = [module for module in model.modules() if module.training]
     before = {
         name: (norm.momentum, {key: value.clone() for key, value in norm.named_buffers()})
         for name, norm in norms.items()
     }
     done = False
-    try:
-        model.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches
-            norm.train()
-        for batch in data:
-            batch(model)
-        seen = [name for name, norm in norms.items() if _count(norm)]
-        for name in seen:
-            if not all(bool(value.isfinite().all()) for value in norms[name].buffers()):
-                raise ValueError(
-                    f"update_batchnorm: the inputs of {name!r} hold NaN or infinity; check the "
-                    "batches"
-                )
-        done = True
-    finally:
-        for name, norm in norms.items():
-            norm.momentum, buffers = before[name]
-            if not (done and _count(norm)):
-                for key, value in norm.named_buffers():
-                    value.copy_(buffers[key])
-        model.eval()
-        for module in training:
-            module.training = True
+    with eval_mode(model):
+        try:
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over the batches
+                norm.train()
+            for batch in data:
+                batch(model)
+            seen = [name for name, norm in norms.items() if _count(norm)]
+            for name in seen:
+                if not all(bool(value.isfinite().all()) for value in norms[name].buffers()):
+                    raise ValueError(
+                        f"update_batchnorm: the inputs of {name!r} hold NaN or infinity; check "
+                        "the batches"
+                    )
+            done = True
+        finally:
+            for name, norm in norms.items():
+                norm.eval()
+                norm.momentum, buffers = before[name]
+                if not (done and _count(norm)):
+                    for key, value in norm.named_buffers():
+                        value.copy_(buffers[key])
     return seen
 
 

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from sparsekit.patterns import match, require_match
-from sparsekit.prune import checkpoints
+from sparsekit.prune import resume
 from sparsekit.prune.calibration import Batch, read_batches
-from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.masks import hold_masks, weight_of
+from sparsekit.prune.modes import only_trainable
 from sparsekit.prune.recover import (
     rate_at,
     relative_mse,
@@ -284,11 +284,11 @@ class _Checkpoint:
         """The blocks that are done, once their parameters are in place."""
         if self._path is None or not self._path.exists():
             return []
-        state = checkpoints.read(self._path, "reconstruct_blocks")
+        state = resume.read(self._path, "reconstruct_blocks")
         done = [ReconstructedBlock(*block) for block in state["blocks"]]
         parameters = [self._parameters(name) for name in list(self._parts)[: len(done)]]
         if (
-            not checkpoints.same_masks(state["masks"], self._masks)
+            not resume.same_masks(state["masks"], self._masks)
             or state["names"] != list(self._parts)
             or [[p.shape for p in part] for part in parameters]
             != [[p.shape for p in part] for part in state["parameters"]]
@@ -308,11 +308,11 @@ class _Checkpoint:
             return
         state = {
             "names": list(self._parts),
-            "masks": checkpoints.pack_masks(self._masks),
+            "masks": resume.pack_masks(self._masks),
             "blocks": [(b.name, b.before, b.after, b.seconds) for b in done],
             "parameters": [self._parameters(block.name) for block in done],
         }
-        checkpoints.write(self._path, "reconstruct_blocks", state)
+        resume.write(self._path, "reconstruct_blocks", state)
 
     def _parameters(self, block: str) -> list[nn.Parameter]:
         return trained_parameters(self._student, self._parts[block], None)

@@ -7,7 +7,6 @@ to prove that the network still computes what it did.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +26,9 @@ from sparsekit.patterns import NM, BlockSparse, PatternChoice
 from sparsekit.prune.calibration import Batch, read_batches
 from sparsekit.prune.freedom import Atoms, Freedom, appearance
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.modes import eval_mode
 from sparsekit.prune.permute import known
+from sparsekit.prune.report import as_text
 from sparsekit.prune.swaps import Blocks, Search, Term, Vectors, column_terms, rows_of
 from sparsekit.prune.targets import choose_layers
 from sparsekit.prune.trace import Dimension, Trace, tensors_in
@@ -108,9 +109,7 @@ class PermuteReport:
         return Group(f"permute: {said}; {self.seconds:.1f} s", table)
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=110, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 @torch.no_grad()
@@ -155,7 +154,7 @@ def permute(
         targets: as for `prune`.
         ignore: as for `prune`.
         scores: name of a layer -> how much each of its weights matters, of the weight's shape, for
-            instance `|W| · ‖x‖`; others count by |W|.
+            instance `|W| · ‖x‖`; others count by `|W|`.
         rounds: most rounds of swaps and cycles in each search.
         rows: most rows that a search looks at; of more, this many evenly spaced ones.
         progress: show a progress bar.
@@ -500,15 +499,9 @@ def _once(values: Atoms) -> npt.NDArray[np.bool_]:
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """In eval mode, with random numbers of its own."""
-    training = [module for module in model.modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with torch.random.fork_rng(devices), eval_mode(model):
+        yield
 
 
 def _outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

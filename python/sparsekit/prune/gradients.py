@@ -12,14 +12,15 @@ up, which changes no ranking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.prune.calibration import Batch
+from sparsekit.prune.modes import only_trainable
 from sparsekit.prune.scores import Unpruned
 
 
@@ -36,27 +37,6 @@ def mean_absolute(model: Unpruned) -> dict[str, Tensor]:
 def mean_square(model: Unpruned) -> dict[str, Tensor]:
     """Mean of each batch's squared gradient."""
     return _mean_of(torch.square, model)
-
-
-@contextmanager
-def only_trainable(model: nn.Module, weights: Collection[Tensor]) -> Iterator[None]:
-    """Eval mode, gradients for `weights` alone; everything comes back as it was."""
-    chosen = set(weights)
-    training = [module for module in model.modules() if module.training]
-    before = [(tensor, tensor.requires_grad, tensor.grad) for tensor in model.parameters()]
-    model.eval()
-    try:
-        for tensor, _, _ in before:
-            tensor.grad = None
-            tensor.requires_grad_(tensor in chosen)
-        with torch.enable_grad():
-            yield
-    finally:
-        for tensor, trainable, gradient in before:
-            tensor.requires_grad_(trainable)
-            tensor.grad = gradient
-        for module in training:
-            module.training = True
 
 
 def _mean_of(what: Callable[[Tensor], Tensor], model: Unpruned) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ too, which they do as long as a model spends its time in its layers.
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
 
@@ -32,6 +31,7 @@ from sparsekit.convert.times import LayerTime, time_layers
 from sparsekit.examples import run_examples
 from sparsekit.patterns import Pattern, PatternLike, exactly, parse_pattern
 from sparsekit.prune.calibration import Loss
+from sparsekit.prune.report import as_text
 from sparsekit.prune.scan import Evaluate, SensitivityReport
 from sparsekit.prune.sensitivity import sensitivity
 from sparsekit.prune.targets import choose_layers
@@ -242,9 +242,7 @@ class LatencyPlan(Mapping[str, "Pattern | None"]):
         return Group(table, *lines)
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=110, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 def plan_latency(

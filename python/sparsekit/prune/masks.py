@@ -15,6 +15,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from sparsekit.files import replacing
 
+_FORMAT = "sparsekit masks"
+
 
 class HeldMasks:
     """Keeps pruned weights at exactly zero until `remove`. Also a context manager.
@@ -125,7 +127,14 @@ def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
         masks: module name -> bool, True = kept; `PruneReport.masks` or `HeldMasks.masks`.
         path: replaced whole or, when the writing fails, left as it was.
     """
-    write_tensors(path, masks, {"format": _MASKS})
+    path = Path(path)
+    # Tensors that share memory or are laid out otherwise cannot be written as they are.
+    copies = {
+        name: mask.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, mask in masks.items()
+    }
+    with replacing(path) as folder:
+        save_file(copies, folder / path.name, {"format": _FORMAT})
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -135,41 +144,11 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds something else.
         FileNotFoundError: there is none.
     """
-    masks, _ = read_tensors(path, _MASKS)
-    return masks
-
-
-_MASKS = "sparsekit masks"
-
-
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file whole; `metadata["format"]` says what it holds."""
-    path = Path(path)
-    # Tensors that share memory or are laid out otherwise cannot be written as they are.
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    with replacing(path) as folder:
-        save_file(copies, folder / path.name, metadata)
-
-
-def read_tensors(
-    path: str | os.PathLike[str], format: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that `write_tensors` wrote.
-
-    Raises:
-        ValueError: the file is damaged, or of another format.
-        FileNotFoundError: there is none.
-    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") == format:
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            found = (file.metadata() or {}).get("format")
+            if found == _FORMAT:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: the file is damaged or no safetensors file: {error}") from None
-    raise ValueError(f"{path}: expected {format}, the file holds {metadata.get('format')!r}")
+    raise ValueError(f"{path}: expected {_FORMAT}, the file holds {found!r}")

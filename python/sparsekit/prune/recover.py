@@ -18,9 +18,10 @@ from torch.optim.optimizer import Optimizer
 from tqdm import tqdm
 
 from sparsekit.patterns import match, require_match
-from sparsekit.prune import checkpoints
+from sparsekit.prune import resume
 from sparsekit.prune.calibration import Batch, Loss, read_batches
 from sparsekit.prune.masks import hold_masks, weight_of
+from sparsekit.prune.modes import eval_mode, only_trainable
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -169,8 +170,9 @@ def distill(
     spent = 0.0
 
     with ExitStack() as stack:
-        stack.enter_context(_only_trainable(student, trained))
-        stack.enter_context(_eval_mode(student, *([] if teacher is None else [teacher])))
+        stack.enter_context(only_trainable(student, trained))
+        if teacher is not None:
+            stack.enter_context(eval_mode(teacher))
         of_student = stack.enter_context(_Captured(student, names))
         of_teacher = None if teacher is None else stack.enter_context(_Captured(teacher, names))
         solver = make(trained)
@@ -403,41 +405,6 @@ class _Captured:
         return state
 
 
-class _eval_mode:
-    """Eval mode for the duration; every module's own training flag comes back."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        self._models = models
-        self._training = [m for model in models for m in model.modules() if m.training]
-
-    def __enter__(self) -> None:
-        for model in self._models:
-            model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._training:
-            module.training = True
-
-
-class _only_trainable:
-    """Lets gradients flow to the given parameters alone; every flag comes back."""
-
-    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-        self._before = [(p, p.requires_grad) for p in model.parameters()]
-        self._trained = trained
-
-    def __enter__(self) -> None:
-        for parameter, _ in self._before:
-            parameter.requires_grad_(False)
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, required in self._before:
-            parameter.grad = None
-            parameter.requires_grad_(required)
-
-
 class _Checkpoint:
     """The masks, the trained parameters, the optimizer's state and the losses so far, in a file."""
 
@@ -458,11 +425,11 @@ class _Checkpoint:
         """Losses and seconds of the run to resume; nothing when there is none."""
         if self._path is None or not self._path.exists():
             return [], 0.0
-        state = checkpoints.read(self._path, "distill")
+        state = resume.read(self._path, "distill")
         kind = type(self._optimizer).__name__
         if [p.shape for p in state["parameters"]] != [p.shape for p in self._trained]:
             self._refuse("of another model or other trained parameters")
-        if not checkpoints.same_masks(state["masks"], self._masks):
+        if not resume.same_masks(state["masks"], self._masks):
             self._refuse("of other masks")
         if state["optimizer_type"] != kind:
             self._refuse(f"of the optimizer {state['optimizer_type']}, not {kind}")
@@ -483,12 +450,12 @@ class _Checkpoint:
         if not now and time.perf_counter() - self._saved_at < CHECKPOINT_SECONDS:
             return
         state = {
-            "masks": checkpoints.pack_masks(self._masks),
+            "masks": resume.pack_masks(self._masks),
             "parameters": list(self._trained),
             "optimizer_type": type(self._optimizer).__name__,
             "optimizer": self._optimizer.state_dict(),
             "losses": list(losses),
             "seconds": seconds,
         }
-        checkpoints.write(self._path, "distill", state)
+        resume.write(self._path, "distill", state)
         self._saved_at = time.perf_counter()

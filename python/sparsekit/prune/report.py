@@ -95,6 +95,11 @@ class PruneReport:
         return Group(summary, table)
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=110, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
+
+
+def as_text(report: RenderableType, width: int = 110) -> str:
+    """What `print(report)` shows: plain text, the same wherever it goes."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(report)
+    return buffer.getvalue().rstrip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,7 +17,9 @@ from tqdm import tqdm
 from sparsekit.patterns import Pattern, PatternLike, parse_pattern
 from sparsekit.prune.calibration import Batch, Calibration
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.modes import eval_mode
 from sparsekit.prune.recover import LOSSES, main_output, without_padding
+from sparsekit.prune.report import as_text
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 """The model -> how good it is, higher = better."""
@@ -169,9 +170,7 @@ class SensitivityReport:
         return Group(summary, table, *skipped)
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=110, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self)
 
 
 class Measure:
@@ -260,7 +259,7 @@ def scan(
 
     layers = [layer for layer, _ in todo.values()]
     score = None if evaluate is None else lambda: evaluate(model)
-    with bar, torch.no_grad(), _eval_mode(model):
+    with bar, torch.no_grad(), eval_mode(model):
         if batches is None or (score is not None and not needs_moments):
             measure = Measure(score, tuple, (), distance)
             for layer in layers:
@@ -280,17 +279,6 @@ def scan(
                     calibration.done(group)
     unreached = {name: "no calibration batch runs it" for name in todo if name not in reached}
     return SensitivityReport(method, measure.name, tuple(rows), measure.dense, unreached)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def optimal_brain_surgeon(weight: Tensor, columns: Columns | None) -> Tensor:
 
 
 def snip(weight: Tensor, columns: Columns | None) -> Tensor:
-    """|W · mean g|, SNIP's connection sensitivity (Lee et al. 2019, arXiv 1810.02340).
+    """`|W · mean g|`, SNIP's connection sensitivity (Lee et al. 2019, arXiv 1810.02340).
 
     How fast the mean loss over all batches changes when the weight is scaled. For networks before
     training: where training has ended, that gradient is close to zero for every weight.
@@ -140,7 +140,7 @@ def snip(weight: Tensor, columns: Columns | None) -> Tensor:
 
 
 def taylor(weight: Tensor, columns: Columns | None) -> Tensor:
-    """|W| · mean |g|, first-order Taylor expansion (Molchanov et al. 2017, arXiv 1611.06440).
+    """`|W| · mean |g|`, first-order Taylor expansion (Molchanov et al. 2017, arXiv 1611.06440).
 
     The change of the loss that zeroing the weight causes to first order, its absolute value taken
     for each batch and then averaged. That is where it differs from SNIP: gradients of opposite
@@ -168,9 +168,9 @@ def fisher(weight: Tensor, columns: Columns | None) -> Tensor:
 
 
 def given(weight: Tensor, columns: Columns | None) -> Tensor:
-    """The statistic as it is; weights that share a value are ranked by |W|.
+    """The statistic as it is; weights that share a value are ranked by `|W|`.
 
-    The share of |W| is a millionth: it decides inside a group of N:M, and among the blocks of one
+    The share of `|W|` is a millionth: it decides inside a group of N:M, and among the blocks of one
     filter, without changing the order of filters.
     """
     assert columns is not None
@@ -225,7 +225,7 @@ def filter_distances(model: Unpruned) -> dict[str, Tensor]:
     they have the smallest sum and go first, however large they are. A filter is a row of a linear
     layer or convolution; in grouped convolutions it is compared with those that read the same
     channels. Every weight of a filter scores the same, so block patterns drop filters, as many
-    rows at a time as a block is high. The rows of an N:M group do not compete: there |W| decides,
+    rows at a time as a block is high. The rows of an N:M group do not compete: there `|W|` decides,
     and with vectors the rows that share positions count alike.
 
     Needs no data; n²k operations for a layer.
@@ -248,7 +248,7 @@ def stripe_norms(model: Unpruned) -> dict[str, Tensor]:
     Pruning filter in filter (Meng et al. 2020, arXiv 2009.14410), with the stripe's norm in place
     of the filter skeleton that the paper trains. Every weight of a stripe scores the same, so
     block patterns drop stripes, as many rows at a time as a block is high; inside a stripe, where
-    N:M chooses, |W| decides. A linear layer or a 1x1 convolution has one stripe to a row.
+    N:M chooses, `|W|` decides. A linear layer or a 1x1 convolution has one stripe to a row.
 
     Needs no data; costs about as much as magnitude.
     """

@@ -44,7 +44,12 @@ from sparsekit.prune.calibration import (
     Loss,
     read_batches,
 )
-from sparsekit.prune.checkpoint import (
+from sparsekit.prune.layers import Layer
+from sparsekit.prune.lending import Lender
+from sparsekit.prune.patches import PIXELS
+from sparsekit.prune.reconstruct import ReconstructionOptions
+from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.shards import (
     Checkpoint,
     PathLike,
     Source,
@@ -52,11 +57,6 @@ from sparsekit.prune.checkpoint import (
     write_json,
     write_shard,
 )
-from sparsekit.prune.layers import Layer
-from sparsekit.prune.lending import Lender
-from sparsekit.prune.patches import PIXELS
-from sparsekit.prune.reconstruct import ReconstructionOptions
-from sparsekit.prune.report import PrunedLayer, PruneReport
 from sparsekit.prune.targets import choose_layers
 
 JOURNAL = "prune.json"

@@ -8,7 +8,6 @@ worth is the sum of this package's scores over every weight that goes with it.
 
 from __future__ import annotations
 
-import io
 import math
 import time
 import warnings
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
 from rich.console import Group as Lines
+from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -29,7 +28,9 @@ from sparsekit.patterns import BlockSparse, Pattern, match, require_match
 from sparsekit.prune.calibration import CACHE_BYTES, Batch, Calibration, Loss, read_batches
 from sparsekit.prune.layers import PRUNABLE, Layer
 from sparsekit.prune.methods import METHODS, Method
+from sparsekit.prune.modes import eval_mode
 from sparsekit.prune.moments import ReconstructionOptions, known_columns
+from sparsekit.prune.report import as_text
 from sparsekit.prune.scores import Columns, Unpruned, with_statistic
 
 # Attributes in which attention modules keep the number of their heads, and the length of all.
@@ -109,9 +110,7 @@ class StructuredReport:
         return Lines(summary, table)
 
     def __str__(self) -> str:
-        buffer = io.StringIO()
-        Console(file=buffer, width=120, color_system=None).print(self)
-        return buffer.getvalue().rstrip()
+        return as_text(self, width=120)
 
 
 def prune_structured(
@@ -368,7 +367,7 @@ class _Groups:
 
     def check(self, example: Batch) -> None:
         """Run the smaller model: what comes out must have the same shapes."""
-        with _evaluating(self._model), torch.no_grad():
+        with eval_mode(self._model), torch.no_grad():
             try:
                 shapes = _shapes(example(self._model))
             except Exception as error:
@@ -565,21 +564,10 @@ def _shapes(returned: Any) -> list[list[int]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _tracing(model: nn.Module) -> Iterator[None]:
     """Eval mode, and gradients everywhere: the library reads autograd's graph."""
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    with _evaluating(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:

@@ -2,7 +2,7 @@
 
 Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic
 flow" (arXiv 2006.05467). Every parameter is replaced by its absolute value, activations by the
-identity, and the input by ones; with R the sum of the outputs, a weight scores |w · ∂R/∂w|. The
+identity, and the input by ones; with R the sum of the outputs, a weight scores `|w · ∂R/∂w|`. The
 scores of a layer then add up to R for every layer that all of the signal passes through, so that
 no layer is emptied while others are full. A hundred rounds of scoring and pruning bring the
 density down exponentially.
@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, at_density
 from sparsekit.prune.calibration import Batch
-from sparsekit.prune.gradients import only_trainable
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.modes import only_trainable
 from sparsekit.prune.scores import Unpruned
 
 ROUNDS = 100
@@ -167,7 +167,7 @@ def linearised(
     """The model with absolute parameters in float64, which come back as they were.
 
     Yields:
-        A function that computes the synaptic saliency |w · ∂R/∂w| of each layer's weight as it
+        A function that computes the synaptic saliency `|w · ∂R/∂w|` of each layer's weight as it
         now is; a layer that nothing flows through is left out.
     """
     weights = {layer.name: layer.weight for layer in layers}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from sparsekit.patterns import Pattern, PatternChoice
+from sparsekit.prune import resume
 from sparsekit.prune.layers import Prunable
-from sparsekit.prune.masks import read_tensors, unwrapped, write_tensors
+from sparsekit.prune.masks import unwrapped
 from sparsekit.prune.report import PruneReport
 from sparsekit.prune.targets import choose_layers
 from sparsekit.prune.training.base import (
@@ -27,7 +28,7 @@ from sparsekit.prune.training.base import (
 )
 from sparsekit.prune.training.methods import TRAINING_METHODS
 
-_FORMAT = "sparsekit training"
+_KIND = "train_sparse"
 
 
 def train_sparse(
@@ -284,9 +285,7 @@ class SparseTraining:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a safetensors file, whole or not at all."""
-        state = self.state_dict()
-        tensors = state.pop("tensors")
-        write_tensors(path, tensors, {"format": _FORMAT, "state": json.dumps(state)})
+        resume.write(Path(path), _KIND, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load the state that `save` wrote, as `load_state_dict` does.
@@ -295,8 +294,7 @@ class SparseTraining:
             ValueError: the file is damaged or holds something else, or as `load_state_dict`.
             FileNotFoundError: there is none.
         """
-        tensors, metadata = read_tensors(path, _FORMAT)
-        self.load_state_dict(json.loads(metadata["state"]) | {"tensors": tensors})
+        self.load_state_dict(resume.read(Path(path), _KIND))
 
     def _tensors(self) -> dict[str, Tensor]:
         # The weights as well: to begin may have changed them after the model's state was loaded.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsekit.prune import checkpoints
+from sparsekit.prune import resume
 
 VALUE = {
     "tensors": [torch.arange(6.0).view(2, 3).t(), torch.tensor(True), torch.zeros(0, 3)],
@@ -31,8 +31,8 @@ def same(a, b):
 
 def test_everything_comes_back_as_it_was(tmp_path):
     path = tmp_path / "file"
-    checkpoints.write(path, "test", VALUE)
-    found = checkpoints.read(path, "test")
+    resume.write(path, "test", VALUE)
+    found = resume.read(path, "test")
     assert same(found, VALUE)
     assert not same(found, VALUE | {"losses": [0.3, 1e-300, float("inf")]})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
@@ -40,14 +40,14 @@ def test_everything_comes_back_as_it_was(tmp_path):
 
 def test_tensors_of_one_storage(tmp_path):
     whole = torch.arange(8.0)
-    checkpoints.write(tmp_path / "file", "test", [whole, whole[2:4], whole])
-    assert same(checkpoints.read(tmp_path / "file", "test"), [whole, whole[2:4], whole])
+    resume.write(tmp_path / "file", "test", [whole, whole[2:4], whole])
+    assert same(resume.read(tmp_path / "file", "test"), [whole, whole[2:4], whole])
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: checkpoints.write(path, "other", VALUE),
+        lambda path: resume.write(path, "other", VALUE),
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
         lambda path: path.write_bytes(b""),
         lambda path: torch.save(VALUE, path),
@@ -61,27 +61,27 @@ def test_tensors_of_one_storage(tmp_path):
 )
 def test_anything_else_is_refused(tmp_path, damage):
     path = tmp_path / "file"
-    checkpoints.write(path, "test", VALUE)
+    resume.write(path, "test", VALUE)
     damage(path)
     with pytest.raises(ValueError, match=r"file is no checkpoint of test, or is damaged \(.+\)"):
-        checkpoints.read(path, "test")
+        resume.read(path, "test")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    checkpoints.write(path, "test", VALUE)
+    resume.write(path, "test", VALUE)
     with pytest.raises(TypeError):
-        checkpoints.write(path, "test", object())
+        resume.write(path, "test", object())
     with pytest.MonkeyPatch.context() as patch:
 
         def half(tensors, file, metadata):
             file.write_bytes(b"half")
             raise OSError("no space left")
 
-        patch.setattr(checkpoints, "save_file", half)
+        patch.setattr(resume, "save_file", half)
         with pytest.raises(OSError, match="no space"):
-            checkpoints.write(path, "test", VALUE)
-    assert same(checkpoints.read(path, "test"), VALUE)
+            resume.write(path, "test", VALUE)
+    assert same(resume.read(path, "test"), VALUE)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -92,7 +92,7 @@ def test_a_kill_leaves_a_whole_file(tmp_path):
         "from sparsekit.prune import checkpoints\n"
         "for count in range(10**9):\n"
         "    value = [torch.full((300_000,), count), count]\n"
-        "    checkpoints.write(pathlib.Path(sys.argv[1]), 'test', value)\n"
+        "    resume.write(pathlib.Path(sys.argv[1]), 'test', value)\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", program, str(path)])
     try:
@@ -103,16 +103,16 @@ def test_a_kill_leaves_a_whole_file(tmp_path):
     finally:
         writer.kill()
         writer.wait()
-    tensor, count = checkpoints.read(path, "test")
+    tensor, count = resume.read(path, "test")
     assert bool((tensor == count).all())
 
 
 def test_masks():
     masks = {"a": torch.tensor([[True, False, True]] * 3), "b": torch.ones(2, 8, dtype=torch.bool)}
-    packed = checkpoints.pack_masks(masks)
+    packed = resume.pack_masks(masks)
     assert [mask.numel() for mask in packed.values()] == [2, 2]
-    assert checkpoints.same_masks(packed, masks)
-    assert not checkpoints.same_masks(packed, {"a": masks["a"]})
+    assert resume.same_masks(packed, masks)
+    assert not resume.same_masks(packed, {"a": masks["a"]})
     changed = masks["a"].clone()
     changed[2, 2] = False
-    assert not checkpoints.same_masks(packed, masks | {"a": changed})
+    assert not resume.same_masks(packed, masks | {"a": changed})
