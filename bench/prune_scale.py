@@ -297,9 +297,9 @@ def main(given: Sequence[str] | None = None) -> None:
         figures["solve"] = solved
         title, suffix = "Time to prune a layer", "prune-solve"
         text = (
-            f"{setting} float32. Moment: adding the second moment of 1000 tokens. Factorisation: "
-            "the Cholesky factor of the inverse. Sweep: SparseGPT, its factorisation included. "
-            "least_squares: the exact refit, its sweep included."
+            f"{setting} float32, the best of up to three calls. Moment: adding the second moment "
+            "of 1000 tokens. Factorisation: the Cholesky factor of the inverse. Sweep: SparseGPT, "
+            "its factorisation included. least_squares: the exact refit, its sweep included."
         )
     else:
         result = measure_memory(options.layers, options.size, options.tokens, options.kill)
