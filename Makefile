@@ -98,6 +98,7 @@ conv-layers: $(VENV)/.extra-bench
 pruning: $(VENV)/.extra-models
 	$(BIN)/python -m bench.pruning digits $(PRUNING_ARGS)
 	$(BIN)/python -m bench.pruning minilm $(PRUNING_ARGS)
+	$(BIN)/python -m bench.pruning pareto
 	$(BIN)/python -m bench.pruning report
 
 # With the torch, CUDA compiler and tools that are there: nothing is installed but the package.

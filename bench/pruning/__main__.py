@@ -10,7 +10,7 @@ from pathlib import Path
 import bench.pruning
 from bench.case import machine
 from bench.command import console, positive
-from bench.pruning import digits, minilm, report
+from bench.pruning import digits, minilm, pareto, report
 from bench.pruning.journal import Journal
 from bench.report import markdown_table, save_run, stem
 from sparsekit.demo.report import rich_table
@@ -27,7 +27,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         description=bench.pruning.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("study", choices=("digits", "minilm", "report"))
+    parser.add_argument("study", choices=("digits", "minilm", "pareto", "report"))
     add = parser.add_argument
     add("--patterns", nargs="+", metavar="PATTERN", help="instead of all of the study")
     add("--seeds", type=positive, default=3, help="networks of the digits study")
@@ -60,6 +60,8 @@ def main(given: Sequence[str] | None = None) -> None:
             options.steps,
             options.work,
         )
+    elif options.study == "pareto":
+        pareto.run(journal, options.work)
     else:
         _report(journal, options.out)
 
@@ -67,6 +69,7 @@ def main(given: Sequence[str] | None = None) -> None:
 def _report(journal: Journal, out: Path) -> None:
     results = list(journal)
     tables = [*report.digits_tables(results), *report.minilm_tables(results)]
+    front = report.pareto_table(results)
     screen = console()
     for table in tables:
         screen.print(rich_table(table))
@@ -76,13 +79,20 @@ def _report(journal: Journal, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     picture = out / f"{name}-sparsity.png"
     report.plot_sparsity(results, picture)
+    pictures = [picture]
     text = [f"# What pruning costs: {date}", "", f"torch {where['torch']}, {where['cpu']}.", ""]
     text += [f"![accuracy against sparsity]({picture.name})", ""]
+    if front is not None:
+        screen.print(rich_table(front))
+        tables.append(front)
+        pictures.append(out / f"{name}-latency.png")
+        report.plot_pareto(results, pictures[-1])
+        text += [f"![accuracy against latency]({pictures[-1].name})", ""]
     for table in tables:
         text += markdown_table(table)
     figures = {"date": date, **where, "results": [{"asked": a, "found": f} for a, f in results]}
     paths = save_run(out, name, "\n".join(text), figures)
-    screen.print(f"wrote {', '.join(map(str, (*paths, picture)))}", soft_wrap=True)
+    screen.print(f"wrote {', '.join(map(str, (*paths, *pictures)))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -195,20 +194,8 @@ def _run(trial: Trial, task: Task, models: Path) -> tuple[nn.Module, dict[str, f
     return model, {**task.quality(model), "error": sum(errors) / len(errors)}
 
 
-def recovered(trial: Trial, models: Path) -> nn.Module:
-    """The encoder of a trial whose recovery is done.
-
-    Raises:
-        FileNotFoundError: It is not.
-    """
+def load_encoder(path: Path) -> nn.Module:
+    """An encoder whose weights a study wrote."""
     model = encoder.empty()
-    model.load_state_dict(load_file(models / f"{trial.stem}.safetensors"))
+    model.load_state_dict(load_file(path))
     return model
-
-
-def measure_seconds(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """One forward pass."""
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model(**batch)
-    return time.perf_counter() - started

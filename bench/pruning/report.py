@@ -99,6 +99,52 @@ def _by_pattern(title: str, rows: Iterable[tuple[Mapping[str, Any], float]], not
     return Table(title, ("method", *(f">{pattern}" for pattern in patterns)), lines, note=note)
 
 
+def pareto_points(results: Results) -> dict[str, tuple[float, Mapping[str, Any]]]:
+    """Milliseconds and quality of every network that has both; dense engines have none of it."""
+    times = {asked["time of"]: found["ms"] for asked, found in results if "time of" in asked}
+    quality = {asked["choice"]: found for asked, found in results if "choice" in asked}
+    dense: Mapping[str, Any] = {}
+    return {name: (ms, quality.get(name, dense)) for name, ms in times.items()}
+
+
+def pareto_table(results: Results) -> Table | None:
+    """The points of the plot, the slowest first; None before they are measured."""
+    points = pareto_points(results)
+    if not points:
+        return None
+    fastest = min(ms for ms, quality in points.values() if not quality)
+    rows = []
+    for name, (ms, quality) in sorted(points.items(), key=lambda item: -item[1][0]):
+        figures = [f"{100 * quality[key]:.1f}" if quality else "" for key in _QUALITY]
+        rows.append((name, f"{ms:.1f}", f"{fastest / ms:.2f}x", *figures))
+    head = ("network", ">ms", ">over the fastest dense", ">cosine", ">recall@1", ">recall@10")
+    return Table("Accuracy against measured latency, pruned at once by ADMM", head, rows)
+
+
+def plot_pareto(results: Results, path: Path) -> None:
+    """Fidelity against time: uniform patterns as points, the plans as a line."""
+    from matplotlib.figure import Figure
+
+    points = pareto_points(results)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    plans = [(ms, 100 * q["cosine"]) for name, (ms, q) in points.items() if "layers" in q]
+    axes.plot(*zip(*sorted(plans), strict=True), "o-", label="plan_latency", color="#2a9d5c")
+    for name, (ms, quality) in points.items():
+        if not quality:
+            axes.axvline(ms, color="#b4b9c0", linestyle="--", linewidth=1)
+            axes.annotate(name, (ms, 0.02), xycoords=("data", "axes fraction"), rotation=90)
+        elif "layers" not in quality:
+            axes.plot(ms, 100 * quality["cosine"], "s", color="#c8433a")
+            axes.annotate(f" {name}", (ms, 100 * quality["cosine"]))
+    axes.set_xlabel("median time of 16 texts of 128 tokens [ms]")
+    axes.set_ylabel("mean cosine to the dense embeddings [%]")
+    axes.set_title("all-MiniLM-L6-v2, pruned at once: red squares have one pattern everywhere")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+_QUALITY = ("cosine", "recall_at_1", "recall_at_10")
 _STAGES = (
     ("after", "statistics", "after training, at once"),
     ("after", "recovered", "after training, trained on"),

@@ -82,6 +82,19 @@ def test_the_tables_and_plots(tmp_path: Path) -> None:
         minilm.Trial("sparsegpt", "2:4", "least_squares", permuted=True, steps=9).asked,
         {"recall_at_1": 0.5, "recall_at_10": 0.8, "cosine": 0.9, "error": 0.1, "seconds": 120.0},
     )
+    for name, ms, found in (
+        ("2:4", 50.0, {"cosine": 0.9, "recall_at_1": 0.5, "recall_at_10": 0.8}),
+        ("plan 70%", 45.0, {"cosine": 0.95, "recall_at_1": 0.6, "recall_at_10": 0.9, "layers": {}}),
+        ("plan 80%", 55.0, {"cosine": 0.97, "recall_at_1": 0.6, "recall_at_10": 0.9, "layers": {}}),
+        ("dense, torch", 60.0, None),
+    ):
+        journal.add({"study": "pareto", "time of": name}, {"ms": ms})
+        if found is not None:
+            journal.add({"study": "pareto", "choice": name, "method": "admm"}, found)
+    front = report.pareto_table(list(journal))
+    assert front is not None
+    assert front.rows[0] == ("dense, torch", "60.0", "1.00x", "", "", "")
+    assert front.rows[-1] == ("plan 70%", "45.0", "1.33x", "95.0", "60.0", "90.0")
     tables = {
         table.title: table
         for table in [
@@ -98,9 +111,10 @@ def test_the_tables_and_plots(tmp_path: Path) -> None:
     (text,) = (tmp_path / "out").glob("*-pruning.md")
     assert "| wanda | 92.0 ± 2.8 | 92.0 ± 2.8 |" in text.read_text()
     (figures,) = (tmp_path / "out").glob("*.json")
-    assert len(json.loads(figures.read_text())["results"]) == 9
-    (picture,) = (tmp_path / "out").glob("*-sparsity.png")
-    assert picture.stat().st_size > 10_000
+    assert len(json.loads(figures.read_text())["results"]) == 16
+    for kind in ("sparsity", "latency"):
+        (picture,) = (tmp_path / "out").glob(f"*-{kind}.png")
+        assert picture.stat().st_size > 10_000
 
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
