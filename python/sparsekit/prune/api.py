@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,19 +26,21 @@ from sparsekit.prune.distributed import (
     mean_over_ranks,
     together,
 )
-from sparsekit.prune.layers import Layer
-from sparsekit.prune.methods import METHODS, Method
-from sparsekit.prune.patches import PIXELS
-from sparsekit.prune.reconstruct import (
-    RECONSTRUCTIONS,
-    Reconstruction,
-    ReconstructionOptions,
-    reconstruct,
-    relative_error,
+from sparsekit.prune.layers import Layer, Prunable
+from sparsekit.prune.layerwise import (
+    Run,
+    check_weight,
+    choose_method,
+    describe,
+    layer_pruner,
+    require_groups,
+    warn_of_few,
 )
-from sparsekit.prune.report import PrunedLayer, PruneReport
-from sparsekit.prune.scan import PruneLayer
-from sparsekit.prune.scores import Score, Unpruned
+from sparsekit.prune.methods import Method
+from sparsekit.prune.patches import PIXELS
+from sparsekit.prune.reconstruct import ReconstructionOptions
+from sparsekit.prune.report import PruneReport
+from sparsekit.prune.scores import Unpruned
 from sparsekit.prune.targets import choose_layers
 
 
@@ -142,36 +143,17 @@ def prune(
     chosen, dense = choose_layers(model, pattern, targets, ignore)
     for layer, _ in chosen.values():
         check_weight(layer)
-    if ranks.several:
-        ranks.require_same(
-            "the call",
-            {
-                "settings": (method, name, options, pixels, batches is None, loss is None, seed),
-                "allocation": getattr(spread, "__name__", repr(spread)),
-            }
-            | {layer_name: str(wanted) for layer_name, (_, wanted) in chosen.items()},
-        )
-        ranks.require_same(
-            "a weight", {n: checksum(layer.weight) for n, (layer, _) in chosen.items()}
-        )
-    statistics: dict[str, Tensor] = {}
+    settings = {
+        "settings": (method, name, options, pixels, batches is None, loss is None, seed),
+        "allocation": getattr(spread, "__name__", repr(spread)),
+    }
+    _require_agreement(ranks, settings, chosen)
+
+    over_layers = spread is ALLOCATIONS["global"]
+    unpruned = Unpruned(model, chosen, batches or (), seed, over_layers)
+    statistics = _statistics(chosen_method, unpruned, batches is not None, ranks)
     if chosen_method.statistic is not None:
-        over_layers = spread is ALLOCATIONS["global"]
-        if batches or not chosen_method.needs_calibration:
-            statistics = chosen_method.statistic(
-                Unpruned(model, chosen, batches or (), seed, over_layers)
-            )
-        if batches is not None and chosen_method.needs_calibration:
-            weights = {layer_name: layer.weight for layer_name, (layer, _) in chosen.items()}
-            statistics = mean_over_ranks(statistics, len(batches), weights, ranks)
-        for layer_name in [each for each in chosen if each not in statistics]:
-            layer, _ = chosen.pop(layer_name)
-            dense[layer_name] = (layer.modules[0], "no gradient reaches it")
-        if not chosen:
-            raise ValueError(
-                "prune: no gradient reaches any of the layers to prune; compute the loss from the "
-                "model's output, without torch.no_grad() or .detach()"
-            )
+        chosen = _reached(chosen, statistics, dense)
     before = DenseModel(
         model,
         batches,
@@ -191,8 +173,9 @@ def prune(
             dense[layer_name] = (chosen[layer_name][0].modules[0], "its allocation keeps all of it")
         else:
             patterns[layer_name] = wanted
+
     layers = [chosen[layer_name][0] for layer_name in patterns]
-    run = _Run(patterns, chosen_method.score, solve, options, statistics)
+    run = Run(patterns, chosen_method.score, solve, options, statistics)
     with tqdm(total=len(layers), desc=f"prune ({method})", disable=not progress) as bar:
 
         def apply(group: Iterable[Layer], moments: Tensor | None) -> None:
@@ -211,64 +194,56 @@ def prune(
             for layer in _calibrated(calibrated, apply, tokens):
                 dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
             if chosen_method.correlations or name != "none":
-                _warn_of_few(tokens, layers, stacklevel=5)  # beyond both decorators
+                warn_of_few(tokens, layers, stacklevel=5)  # beyond both decorators
     left = [
-        _describe(layer_name, module.weight, None, reason=reason)
+        describe(layer_name, module.weight, None, reason=reason)
         for layer_name, (module, reason) in dense.items()
     ]
     seconds = time.perf_counter() - started
     return PruneReport(method, name, (*run.done, *left), run.masks, seconds)
 
 
-class _Run:
-    """The layers done so far."""
+def _require_agreement(
+    ranks: Ranks, settings: Mapping[str, Any], chosen: Mapping[str, tuple[Layer, Pattern]]
+) -> None:
+    """All processes have the same settings, patterns and weights."""
+    if ranks.several:
+        wanted = {name: str(pattern) for name, (_, pattern) in chosen.items()}
+        ranks.require_same("the call", dict(settings) | wanted)
+        weights = {name: checksum(layer.weight) for name, (layer, _) in chosen.items()}
+        ranks.require_same("a weight", weights)
 
-    def __init__(
-        self,
-        patterns: Mapping[str, Pattern],
-        score: Score,
-        solve: Reconstruction,
-        options: ReconstructionOptions,
-        statistics: Mapping[str, Tensor],
-    ) -> None:
-        self.done: list[PrunedLayer] = []
-        self.masks: dict[str, Tensor] = {}
-        self._patterns = patterns
-        self._score = score
-        self._statistics = statistics
-        self._solve = solve
-        self._options = options
 
-    def prune(self, layer: Layer, moments: Tensor | None) -> None:
-        """Prune one layer, with the second moments `[groups, k, k]` of its inputs or without."""
-        started = time.perf_counter()
-        wanted = self._patterns[layer.name]
-        weight = layer.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        before = layer.matrices(weight.to(dtype, copy=True), wanted)
-        if moments is not None:
-            moments = layer.pad_moments(moments, wanted)
-        statistic = self._statistics.get(layer.name)
-        if statistic is not None:
-            statistic = layer.matrices(statistic.to(weight.device), wanted)
-        try:
-            after, mask = reconstruct(
-                self._solve, before, wanted, self._score, moments, self._options, statistic
-            )
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"prune: the inputs of layer {layer.name!r} are too alike to invert their second "
-                f"moment with dampening={self._options.dampening}; raise it, or pass more "
-                "calibration data"
-            ) from error
-        weight.copy_(layer.from_matrices(after))
-        self.masks[layer.name] = layer.from_matrices(mask)
-        lost = None
-        if moments is not None:
-            lost = relative_error(before, layer.matrices(weight.to(dtype), wanted), moments)
-        reason = f"{wanted} keeps all of it" if bool(self.masks[layer.name].all()) else ""
-        seconds = time.perf_counter() - started
-        self.done.append(_describe(layer.name, weight, wanted, lost, reason, seconds))
+def _statistics(
+    method: Method, unpruned: Unpruned, calibrated: bool, ranks: Ranks
+) -> dict[str, Tensor]:
+    """What the method's score reads of the whole model, by layer; nothing for most methods."""
+    if method.statistic is None:
+        return {}
+    own: dict[str, Tensor] = {}
+    if unpruned.batches or not method.needs_calibration:  # a process may have no batches
+        own = method.statistic(unpruned)
+    if not (calibrated and method.needs_calibration):
+        return own
+    weights = {name: layer.weight for name, (layer, _) in unpruned.layers.items()}
+    return mean_over_ranks(own, len(unpruned.batches), weights, ranks)
+
+
+def _reached(
+    chosen: Mapping[str, tuple[Layer, Pattern]],
+    statistics: Mapping[str, Tensor],
+    dense: dict[str, tuple[Prunable, str]],
+) -> dict[str, tuple[Layer, Pattern]]:
+    """The layers that have a statistic; the others join the dense ones."""
+    for name, (layer, _) in chosen.items():
+        if name not in statistics:
+            dense[name] = (layer.modules[0], "no gradient reaches it")
+    if not any(name in statistics for name in chosen):
+        raise ValueError(
+            "prune: no gradient reaches any of the layers to prune; compute the loss from the "
+            "model's output, without torch.no_grad() or .detach()"
+        )
+    return {name: each for name, each in chosen.items() if name in statistics}
 
 
 def _calibrated(
@@ -281,119 +256,10 @@ def _calibrated(
     `tokens` gets the number of tokens or patches that each layer saw.
     """
     with calibration:
-        _require_groups(calibration)
+        require_groups(calibration)
         for group in calibration.groups:
             # Passed on without a name here: the next one is made when this one is gone.
             apply(group.layers, calibration.moments(group))
             tokens.update((layer.name, calibration.count) for layer in group.layers)
             calibration.done(group)
         return calibration.unreached
-
-
-def _require_groups(calibration: Calibration) -> None:
-    if not calibration.groups:
-        some = ", ".join(repr(layer.name) for layer in calibration.unreached[:5])
-        raise ValueError(
-            f"prune: no calibration batch runs any of the layers to prune ({some}); check that "
-            "the batches go through them"
-        )
-
-
-def _warn_of_few(tokens: Mapping[str, int], layers: Iterable[Layer], stacklevel: int) -> None:
-    """One warning for all layers whose second moment cannot have full rank."""
-    needed = {layer.name: layer.weight.shape[1:].numel() for layer in layers}
-    short = [name for name, count in tokens.items() if count < needed[name]]
-    if short:
-        worst = min(short, key=lambda name: tokens[name] / needed[name])
-        others = f" ({len(short) - 1} more layers lack some too)" if len(short) > 1 else ""
-        warnings.warn(
-            f"prune: layer {worst!r} saw {tokens[worst]} calibration tokens or patches, and the "
-            f"second moment of its inputs needs at least {needed[worst]}{others}: dampening makes "
-            "up for the rest; pass more calibration data",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
-
-
-def choose_method(
-    method: str, reconstruction: str | None, calibrated: bool
-) -> tuple[Method, str, Reconstruction]:
-    """The method, and the name and function of its reconstruction.
-
-    Raises:
-        ValueError: unknown, or calibration missing where it is needed.
-    """
-    chosen: Method = _lookup(METHODS, method, "method")
-    name = chosen.reconstruction if reconstruction is None else reconstruction
-    solve: Reconstruction = _lookup(RECONSTRUCTIONS, name, "reconstruction")
-    if not calibrated and (chosen.needs_calibration or name != "none"):
-        raise ValueError(
-            f"prune: method {method!r} with reconstruction {name!r} needs calibration data; pass "
-            "calibration=batches, or use method='magnitude'"
-        )
-    return chosen, name, solve
-
-
-def layer_pruner(
-    method: Method,
-    solve: Reconstruction,
-    options: ReconstructionOptions,
-    statistics: Callable[[Pattern], Mapping[str, Tensor]],
-) -> PruneLayer:
-    """Prunes one layer by itself, to see what comes of it.
-
-    Args:
-        method: its score.
-        solve: reconstruction.
-        options: of that.
-        statistics: the method's, for a pattern.
-    """
-
-    def prune_layer(layer: Layer, wanted: Pattern, moments: Tensor | None) -> None:
-        run = _Run({layer.name: wanted}, method.score, solve, options, statistics(wanted))
-        run.prune(layer, moments)
-
-    return prune_layer
-
-
-def _lookup(registry: dict[str, Any], name: str, what: str) -> Any:
-    try:
-        return registry[name]
-    except KeyError:
-        raise ValueError(
-            f"prune: unknown {what} {name!r}; known are {', '.join(sorted(registry))}"
-        ) from None
-
-
-def check_weight(layer: Layer) -> None:
-    """Refuse a weight that is empty or not finite.
-
-    Raises:
-        ValueError: it is.
-    """
-    weight = layer.weight
-    if weight.numel() == 0:
-        raise ValueError(
-            f"prune: the weight of {layer.name!r} is empty {list(weight.shape)}; "
-            "leave it out with ignore="
-        )
-    if not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"prune: the weight of {layer.name!r} holds {bad} NaN or infinite values; "
-            "repair the checkpoint or leave the layer out with ignore="
-        )
-
-
-def _describe(
-    name: str,
-    weight: Tensor,
-    pattern: Pattern | None,
-    error: float | None = None,
-    reason: str = "",
-    seconds: float = 0.0,
-) -> PrunedLayer:
-    zeros = 1.0 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
-    shape = tuple(weight.shape)
-    spelling = None if pattern is None else str(pattern)
-    return PrunedLayer(name, shape, spelling, zeros, error, reason, seconds)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.patterns import Pattern, PatternLike, parse_pattern
-from sparsekit.prune.api import check_weight, choose_method, layer_pruner
 from sparsekit.prune.calibration import CACHE_BYTES, Loss, read_batches
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.layerwise import check_weight, choose_method, layer_pruner
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import ReconstructionOptions
 from sparsekit.prune.recover import LOSSES

@@ -28,14 +28,6 @@ from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
 from sparsekit.patterns import PatternChoice
-from sparsekit.prune.api import (
-    _describe,
-    _require_groups,
-    _Run,
-    _warn_of_few,
-    check_weight,
-    choose_method,
-)
 from sparsekit.prune.calibration import (
     CACHE_BYTES,
     Batch,
@@ -45,6 +37,14 @@ from sparsekit.prune.calibration import (
     read_batches,
 )
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.layerwise import (
+    Run,
+    check_weight,
+    choose_method,
+    describe,
+    require_groups,
+    warn_of_few,
+)
 from sparsekit.prune.lending import Lender
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import ReconstructionOptions
@@ -175,7 +175,7 @@ def prune_file(
             run = stack.enter_context(
                 Calibration(model, batches, layers, cache_bytes, pixels, groups=known)
             )
-            _require_groups(run)
+            require_groups(run)
             groups = run.groups
         elif not resumed:
             groups = [Group([layer]) for layer in layers]
@@ -195,7 +195,7 @@ def prune_file(
                     tokens |= dict.fromkeys((layer.name for layer in todo), run.count)
                 for layer in todo:
                     bar.set_postfix_str(layer.name, refresh=False)
-                    solver = _Run(patterns, chosen_method.score, solve, options, {})
+                    solver = Run(patterns, chosen_method.score, solve, options, {})
                     with lender.weight_of(layer) as weight:
                         wide = torch.promote_types(weight.dtype, torch.float32)
                         solver.prune(layer, None if moments is None else moments.to(wide))
@@ -207,12 +207,12 @@ def prune_file(
                     run.done(group)
         target.finish()
     if chosen_method.correlations or name != "none":
-        _warn_of_few(tokens, layers, stacklevel=4)  # beyond the decorator
+        warn_of_few(tokens, layers, stacklevel=4)  # beyond the decorator
     for layer in layers:
         if layer.name not in target.done:
             dense[layer.name] = (layer.modules[0], "no calibration batch runs it")
     left = [
-        _describe(layer_name, lender.tensor(module.weight), None, reason=reason)
+        describe(layer_name, lender.tensor(module.weight), None, reason=reason)
         for layer_name, (module, reason) in dense.items()
     ]
     masks = _StoredMasks(lender, {layer_name: names[layer_name][0] for layer_name in target.done})
