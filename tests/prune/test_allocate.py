@@ -14,8 +14,8 @@ from torch import nn
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, parse_pattern
 from sparsekit.prune import ALLOCATIONS, METHODS, OWL, Sensitivity, prune, sensitivity
-from sparsekit.prune.allocate import fit
-from sparsekit.prune.scan import SensitivityReport, SensitivityRow
+from sparsekit.prune.allocation.allocate import fit
+from sparsekit.prune.allocation.scan import SensitivityReport, SensitivityRow
 
 
 class Small(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsekit.prune import prune, reconstruct_blocks
-from sparsekit.prune.recover import relative_mse
+from sparsekit.prune.recovery.distill import relative_mse
 
 
 class Block(nn.Module):

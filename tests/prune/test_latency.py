@@ -15,8 +15,8 @@ from sparsekit import gate
 from sparsekit.gate import Verdict
 from sparsekit.patterns import exactly, match, parse_pattern, resolve_pattern
 from sparsekit.prune import SensitivityReport, latency, plan_latency, sensitivity
-from sparsekit.prune.latency import LatencyPlan, LayerOption, PlannedLayer, least_loss
-from sparsekit.prune.scan import SensitivityRow
+from sparsekit.prune.allocation.latency import LatencyPlan, LayerOption, PlannedLayer, least_loss
+from sparsekit.prune.allocation.scan import SensitivityRow
 from sparsekit.workload import Workload
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sparsekit.patterns import parse_pattern
 from sparsekit.prune import find_lottery_ticket, hold_masks
-from sparsekit.prune.lottery import TICKET_SCORES
+from sparsekit.prune.training.lottery import TICKET_SCORES
 
 
 class Net(nn.Module):

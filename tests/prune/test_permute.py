@@ -11,7 +11,7 @@ from torch import nn
 from sparsekit.patterns import Pattern, parse_pattern
 from sparsekit.prune import find_permutation, kept_share, permute_channels, prune, swaps
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.permute import _search
+from sparsekit.prune.permutation.by_hand import _search
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:4v4", "bsr4x4@0.5", "bsr8x8@0.75", "bsr16x2@0.5"]
 SHAPES = [(16, 32), (12, 30), (8, 24, 5), (16, 32, 3, 3), (10, 18, 3, 3)]

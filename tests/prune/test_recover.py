@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsekit.prune import LOSSES, distill, hold_masks, prune
-from sparsekit.prune.recover import cosine, kl_divergence, relative_mse
+from sparsekit.prune.recovery.distill import cosine, kl_divergence, relative_mse
 
 
 class Net(nn.Module):
@@ -211,7 +211,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pair, tmp_path, optimizer):
     expected = distill(whole, teacher, batches_of(), masks, **arguments)
     arguments["checkpoint"] = tmp_path / "distill.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsekit.prune.recover.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("sparsekit.prune.recovery.distill.CHECKPOINT_SECONDS", 0.0)
         with pytest.raises(Interrupted):
             distill(halves, teacher, batches_of(), masks, output=interrupted_after(14), **arguments)
     resumed = copy.deepcopy(student)  # A new process starts from the pruned model again.

@@ -16,8 +16,8 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.prune import prune, prune_file, streaming
+from sparsekit.prune.disk.shards import INDEX
 from sparsekit.prune.hollow import Hollow
-from sparsekit.prune.shards import INDEX
 
 WIDTH = 16
 
@@ -293,7 +293,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 from prune.test_streaming import run
-from sparsekit.prune import shards
+from sparsekit.prune.disk import shards
 save_file, calls = shards.save_file, iter(range(100))
 def save(tensors, path, metadata):
     if next(calls) == 4:

@@ -10,24 +10,24 @@ import inspect
 import sys
 import types
 
-from sparsekit.prune.allocate import ALLOCATIONS, OWL, Sensitivity
+from sparsekit.prune.allocation.allocate import ALLOCATIONS, OWL, Sensitivity
+from sparsekit.prune.allocation.latency import LatencyPlan, plan_latency
+from sparsekit.prune.allocation.scan import SensitivityReport, SensitivityRow
+from sparsekit.prune.allocation.sensitivity import sensitivity
 from sparsekit.prune.api import prune
-from sparsekit.prune.batchnorm import update_batchnorm
-from sparsekit.prune.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
-from sparsekit.prune.channels import PermutedLayer, PermuteReport, permute
-from sparsekit.prune.latency import LatencyPlan, plan_latency
-from sparsekit.prune.lottery import find_lottery_ticket
+from sparsekit.prune.disk.streaming import prune_file
 from sparsekit.prune.masks import HeldMasks, hold_masks, load_masks, save_masks
 from sparsekit.prune.methods import METHODS, Method
-from sparsekit.prune.permute import find_permutation, kept_share, permute_channels
+from sparsekit.prune.permutation.api import PermutedLayer, PermuteReport, permute
+from sparsekit.prune.permutation.by_hand import find_permutation, kept_share, permute_channels
 from sparsekit.prune.reconstruct import RECONSTRUCTIONS
-from sparsekit.prune.recover import LOSSES, DistillReport, distill
+from sparsekit.prune.recovery.batchnorm import update_batchnorm
+from sparsekit.prune.recovery.blocks import BlocksReport, ReconstructedBlock, reconstruct_blocks
+from sparsekit.prune.recovery.distill import LOSSES, DistillReport, distill
 from sparsekit.prune.report import PrunedLayer, PruneReport
-from sparsekit.prune.scan import SensitivityReport, SensitivityRow
-from sparsekit.prune.sensitivity import sensitivity
-from sparsekit.prune.streaming import prune_file
 from sparsekit.prune.structured import PrunedGroup, StructuredReport, prune_structured
 from sparsekit.prune.training import TRAINING_METHODS, SparseTraining, train_sparse
+from sparsekit.prune.training.lottery import find_lottery_ticket
 
 __all__ = [
     "ALLOCATIONS",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsekit.patterns import Pattern, PatternChoice
-from sparsekit.prune.allocate import (
+from sparsekit.prune.allocation.allocate import (
     ALLOCATIONS,
     Allocation,
     DenseModel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from sparsekit.prune.reconstruct import (
     relative_error,
 )
 from sparsekit.prune.report import PrunedLayer
-from sparsekit.prune.scan import PruneLayer
 from sparsekit.prune.scores import Score
+
+PruneLayer: TypeAlias = "Callable[[Layer, Pattern, Tensor | None], None]"
+"""Prunes one layer in place, given the second moments of its inputs where there are any."""
 
 
 def choose_method(

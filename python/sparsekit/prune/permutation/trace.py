@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsekit.prune import views  # registers its rules
-from sparsekit.prune.freedom import Atoms, Freedom, Ledger
-from sparsekit.prune.rules import MADE, RULES, Call, Label, outputs, pointwise, unknown
+from sparsekit.prune.permutation import views  # registers its rules
+from sparsekit.prune.permutation.freedom import Atoms, Freedom, Ledger
+from sparsekit.prune.permutation.rules import MADE, RULES, Call, Label, outputs, pointwise, unknown
 
 del views
 

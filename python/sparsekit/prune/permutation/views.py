@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsekit.prune.freedom import Atoms
-from sparsekit.prune.rules import Call, Entry, Label, depends, drop, letters_of, rule, unknown
+from sparsekit.prune.permutation.freedom import Atoms
+from sparsekit.prune.permutation.rules import (
+    Call,
+    Entry,
+    Label,
+    depends,
+    drop,
+    letters_of,
+    rule,
+    unknown,
+)
 
 PLACED = "they are cut into, or joined from, parts of a fixed order"
 

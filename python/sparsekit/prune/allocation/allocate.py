@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.patterns import NM, BlockSparse, Pattern, at_density, parse_pattern
+from sparsekit.prune.allocation.scan import SCAN_BATCHES, SensitivityReport, scan
 from sparsekit.prune.calibration import Batch, Calibration
 from sparsekit.prune.distributed import ALONE, Ranks
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.layerwise import PruneLayer
 from sparsekit.prune.methods import Method
 from sparsekit.prune.reconstruct import ReconstructionOptions, bind, score_groups
-from sparsekit.prune.scan import SCAN_BATCHES, PruneLayer, SensitivityReport, scan
 
 _UNSTRUCTURED = BlockSparse((1, 1))
 

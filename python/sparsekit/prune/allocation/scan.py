@@ -17,15 +17,13 @@ from tqdm import tqdm
 from sparsekit.patterns import Pattern, PatternLike, parse_pattern
 from sparsekit.prune.calibration import Batch, Calibration
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.layerwise import PruneLayer
 from sparsekit.prune.modes import eval_mode
-from sparsekit.prune.recover import LOSSES, main_output, without_padding
+from sparsekit.prune.recovery.distill import LOSSES, main_output, without_padding
 from sparsekit.prune.report import as_text
 
 Evaluate: TypeAlias = Callable[[nn.Module], float]
 """The model -> how good it is, higher = better."""
-
-PruneLayer: TypeAlias = "Callable[[Layer, Pattern, Tensor | None], None]"
-"""Prunes one layer in place, given the second moments of its inputs where there are any."""
 
 SCAN_BATCHES = 8
 """Batches of the calibration that outputs are compared on."""

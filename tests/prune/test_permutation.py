@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import sparsekit as sk
 from sparsekit.prune import PermuteReport, kept_share, permute, prune, rules
 from sparsekit.prune import channels as driver
-from sparsekit.prune.freedom import TANGLED
+from sparsekit.prune.permutation.freedom import TANGLED
 
 
 def integers(model, seed=0):

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from torch import Tensor
 
-from sparsekit.prune.freedom import Atoms, Ledger
+from sparsekit.prune.permutation.freedom import Atoms, Ledger
 
 Entry: TypeAlias = Atoms | str | None
 Label: TypeAlias = list[Entry]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsekit.patterns import NM, BlockSparse, PatternLike, parse_pattern
 from sparsekit.prune.layers import PRUNABLE, groups_of
-from sparsekit.prune.swaps import Search, column_terms, rows_of
+from sparsekit.prune.permutation.swaps import Search, column_terms, rows_of
 
 _NORMS = (
     nn.BatchNorm1d,

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from sparsekit.patterns import NM, BlockSparse, PatternChoice
 from sparsekit.prune.calibration import Batch, read_batches
-from sparsekit.prune.freedom import Atoms, Freedom, appearance
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.modes import eval_mode
-from sparsekit.prune.permute import known
+from sparsekit.prune.permutation.by_hand import known
+from sparsekit.prune.permutation.freedom import Atoms, Freedom, appearance
+from sparsekit.prune.permutation.swaps import Blocks, Search, Term, Vectors, column_terms, rows_of
+from sparsekit.prune.permutation.trace import Dimension, Trace, tensors_in
 from sparsekit.prune.report import as_text
-from sparsekit.prune.swaps import Blocks, Search, Term, Vectors, column_terms, rows_of
 from sparsekit.prune.targets import choose_layers
-from sparsekit.prune.trace import Dimension, Trace, tensors_in
 
 
 @dataclass(frozen=True)

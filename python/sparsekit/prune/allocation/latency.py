@@ -30,10 +30,10 @@ from sparsekit.clock import clock, warm_up
 from sparsekit.convert.times import LayerTime, time_layers
 from sparsekit.examples import run_examples
 from sparsekit.patterns import Pattern, PatternLike, exactly, parse_pattern
+from sparsekit.prune.allocation.scan import Evaluate, SensitivityReport
+from sparsekit.prune.allocation.sensitivity import sensitivity
 from sparsekit.prune.calibration import Loss
 from sparsekit.prune.report import as_text
-from sparsekit.prune.scan import Evaluate, SensitivityReport
-from sparsekit.prune.sensitivity import sensitivity
 from sparsekit.prune.targets import choose_layers
 
 CANDIDATES = ("2:4", "2:4v4", "1:4", "bsr16x16@0.5", "bsr16x16@0.75")

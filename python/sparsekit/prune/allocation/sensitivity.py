@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.patterns import Pattern, PatternLike, parse_pattern
+from sparsekit.prune.allocation.scan import SCAN_BATCHES, Evaluate, SensitivityReport, scan
 from sparsekit.prune.calibration import CACHE_BYTES, Loss, read_batches
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.layerwise import check_weight, choose_method, layer_pruner
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import ReconstructionOptions
-from sparsekit.prune.recover import LOSSES
-from sparsekit.prune.scan import SCAN_BATCHES, Evaluate, SensitivityReport, scan
+from sparsekit.prune.recovery.distill import LOSSES
 from sparsekit.prune.scores import Unpruned
 from sparsekit.prune.targets import choose_layers
 

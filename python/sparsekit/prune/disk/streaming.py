@@ -36,6 +36,15 @@ from sparsekit.prune.calibration import (
     Loss,
     read_batches,
 )
+from sparsekit.prune.disk.lending import Lender
+from sparsekit.prune.disk.shards import (
+    Checkpoint,
+    PathLike,
+    Source,
+    write_index,
+    write_json,
+    write_shard,
+)
 from sparsekit.prune.layers import Layer
 from sparsekit.prune.layerwise import (
     Run,
@@ -45,18 +54,9 @@ from sparsekit.prune.layerwise import (
     require_groups,
     warn_of_few,
 )
-from sparsekit.prune.lending import Lender
 from sparsekit.prune.patches import PIXELS
 from sparsekit.prune.reconstruct import ReconstructionOptions
 from sparsekit.prune.report import PrunedLayer, PruneReport
-from sparsekit.prune.shards import (
-    Checkpoint,
-    PathLike,
-    Source,
-    write_index,
-    write_json,
-    write_shard,
-)
 from sparsekit.prune.targets import choose_layers
 
 JOURNAL = "prune.json"

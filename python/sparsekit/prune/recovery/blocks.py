@@ -21,7 +21,7 @@ from sparsekit.prune import resume
 from sparsekit.prune.calibration import Batch, read_batches
 from sparsekit.prune.masks import hold_masks, weight_of
 from sparsekit.prune.modes import only_trainable
-from sparsekit.prune.recover import (
+from sparsekit.prune.recovery.distill import (
     rate_at,
     relative_mse,
     trained_parameters,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.prune.disk.shards import Checkpoint
 from sparsekit.prune.hollow import Hollow
 from sparsekit.prune.layers import Layer
-from sparsekit.prune.shards import Checkpoint
 
 # Their forward reads the weights of modules that it does not call.
 _READS_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -1,0 +1,1 @@
+"""How many weights where: densities (`allocate`), measured losses, and plans by latency."""

@@ -1,0 +1,1 @@
+"""Checkpoints larger than memory: `streaming` is `prune_file`."""
