@@ -63,7 +63,7 @@ def test_the_demo_checks_its_packages_first(
     [
         ({"dtype": "float64"}, r"expected dtype float32 or bfloat16, got 'float64'"),
         ({"method": "wish"}, r"expected method .*sparsegpt.*, got 'wish'"),
-        ({"method": "taylor"}, r"expected method fpgm, magnitude, .*, got 'taylor'"),
+        ({"method": "taylor"}, r"expected method admm, .*magnitude, .*, got 'taylor'"),
         ({"pattern": "two of four"}, r"two of four"),
     ],
 )

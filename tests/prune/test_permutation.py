@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.prune import PermuteReport, kept_share, permute, prune, rules
-from sparsekit.prune import channels as driver
+from sparsekit.prune import PermuteReport, kept_share, permute, prune
+from sparsekit.prune.permutation import api as driver
+from sparsekit.prune.permutation import rules
 from sparsekit.prune.permutation.freedom import TANGLED
 
 

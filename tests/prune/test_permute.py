@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from sparsekit.patterns import Pattern, parse_pattern
-from sparsekit.prune import find_permutation, kept_share, permute_channels, prune, swaps
+from sparsekit.prune import find_permutation, kept_share, permute_channels, prune
 from sparsekit.prune.layers import Layer
+from sparsekit.prune.permutation import swaps
 from sparsekit.prune.permutation.by_hand import _search
 
 PATTERNS = ["2:4", "1:4", "4:8", "2:4v4", "bsr4x4@0.5", "bsr8x8@0.75", "bsr16x2@0.5"]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.prune import prune, prune_file, streaming
+from sparsekit.prune import prune, prune_file
+from sparsekit.prune.disk import streaming
 from sparsekit.prune.disk.shards import INDEX
 from sparsekit.prune.hollow import Hollow
 
