@@ -14,7 +14,8 @@ import sparsekit as sk
 from sparsekit import gate
 from sparsekit.gate import Verdict
 from sparsekit.patterns import exactly, match, parse_pattern, resolve_pattern
-from sparsekit.prune import SensitivityReport, latency, plan_latency, sensitivity
+from sparsekit.prune import SensitivityReport, plan_latency, sensitivity
+from sparsekit.prune.allocation import latency
 from sparsekit.prune.allocation.latency import LatencyPlan, LayerOption, PlannedLayer, least_loss
 from sparsekit.prune.allocation.scan import SensitivityRow
 from sparsekit.workload import Workload
