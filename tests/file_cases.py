@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,15 @@ def layers(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def header_size(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
+
+
+def flipped(content: bytes, region: str, times: int) -> Iterator[bytes]:
+    """A file with a few bits of its "length", "header" or "data" turned over, again and again."""
+    head = header_size(content)
+    low, high = {"length": (0, 8), "header": (8, head), "data": (head, len(content))}[region]
+    rng = random.Random(region)
+    for _ in range(times):
+        bad = bytearray(content)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            bad[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+        yield bytes(bad)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conv_models import always, network, run
-from file_cases import Edit, assert_unchanged, edited, header_size, layers, snapshot
+from file_cases import Edit, assert_unchanged, edited, flipped, header_size, layers, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -266,17 +266,10 @@ def test_a_file_cut_anywhere_is_refused(path: Path) -> None:
 def test_flipped_bits_are_refused_or_harmless(tmp_path: Path, region: str, entropy: bool) -> None:
     path = tmp_path / "f"
     sk.save(sparse(), path, sk.Compression(4, "channel", entropy))
-    content = path.read_bytes()
-    head = header_size(content)
-    low, high = (8, head) if region == "header" else (head, len(content))
-    rng = random.Random(region)
     model = net(1)
     before = snapshot(model)
     refused = 0
-    for _ in range(120):
-        bad = bytearray(content)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            bad[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+    for bad in flipped(path.read_bytes(), region, 120):
         path.write_bytes(bad)
         candidate = copy.deepcopy(model)
         try:

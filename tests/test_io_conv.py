@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from file_cases import Edit, assert_unchanged, edited, header_size, layers, snapshot
+from file_cases import Edit, assert_unchanged, edited, flipped, layers, snapshot
 from torch import Tensor, nn
 
 import sparsekit as sk
@@ -167,17 +166,10 @@ def test_what_does_not_fit_is_refused_whole(path: Path, what: str, edit: Edit, s
 @pytest.mark.parametrize("region", ["header", "data"])
 def test_flipped_bits_are_refused_or_harmless(path: Path, region: str) -> None:
     """Damage raises ValueError and leaves the model alone, or gives a model that runs."""
-    content = path.read_bytes()
-    head = header_size(content)
-    low, high = (8, head) if region == "header" else (head, len(content))
-    rng = random.Random(region)
     model = net(1)
     before = snapshot(model)
     refused = 0
-    for _ in range(200):
-        bad = bytearray(content)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            bad[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+    for bad in flipped(path.read_bytes(), region, 200):
         path.write_bytes(bad)
         candidate = copy.deepcopy(model)
         try:
