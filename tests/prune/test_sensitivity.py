@@ -213,7 +213,6 @@ def test_what_is_no_report_is_refused(spoil):
 
 
 def test_plot(tmp_path: Path):
-    pytest.importorskip("matplotlib")
     report = sensitivity(Fragile(), ["2:4", "1:4"], batches(1), progress=False)
     report.plot(tmp_path / "losses.svg")
     drawn = (tmp_path / "losses.svg").read_text()

@@ -13,7 +13,8 @@ from torch.optim.optimizer import Optimizer
 
 from sparsekit.patterns import Pattern
 from sparsekit.prune.layers import Layer, Prunable
-from sparsekit.prune.report import PrunedLayer, PruneReport
+from sparsekit.prune.layerwise import describe
+from sparsekit.prune.report import PruneReport
 from sparsekit.prune.training.units import Units
 
 
@@ -112,23 +113,19 @@ def training_report(
 ) -> PruneReport:
     """What became of the layers, and why others stayed dense; `began` by `time.perf_counter()`."""
     done = [
-        _describe(
+        describe(
             layer.name,
             layer.weight,
             layer.pattern,
-            "" if layer.pattern else "the allocation keeps all of it",
+            reason="" if layer.pattern else "the allocation keeps all of it",
         )
         for layer in layers
     ]
-    done += [_describe(name, module.weight, None, why) for name, (module, why) in dense.items()]
+    done += [
+        describe(name, module.weight, None, reason=why) for name, (module, why) in dense.items()
+    ]
     masks = {layer.name: layer.mask for layer in layers if layer.pattern is not None}
     return PruneReport(method, "none", tuple(done), masks, time.perf_counter() - began)
-
-
-def _describe(name: str, weight: Tensor, pattern: Pattern | None, reason: str) -> PrunedLayer:
-    zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
-    spelling = None if pattern is None else str(pattern)
-    return PrunedLayer(name, tuple(weight.shape), spelling, zeros, None, reason)
 
 
 def _finite(values: Tensor, name: str, what: str) -> Tensor:
